@@ -1,0 +1,61 @@
+"""TEKFAC and its siblings KFAC, EKFAC and TKFAC: natural-gradient optimizers for Flax and optax."""
+
+from tekfac_jax._capture import find_layers, make_slots, tap, value_grad_and_stats
+from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
+from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
+from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
+from tekfac_jax._state import (
+    ClipByKlState,
+    Curvature,
+    LayerState,
+    ScaleByTekfacState,
+    check_state,
+    curvature,
+    diagnostics,
+    memory_usage,
+    stats_due,
+)
+from tekfac_jax._transform import (
+    scale_by_ekfac,
+    scale_by_kfac,
+    scale_by_tekfac,
+    scale_by_tkfac,
+)
+from tekfac_jax.train_state import TrainState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bernoulli",
+    "Capture",
+    "Categorical",
+    "ClipByKlState",
+    "Curvature",
+    "Gaussian",
+    "LayerSpec",
+    "LayerState",
+    "Layers",
+    "Likelihood",
+    "ScaleByTekfacState",
+    "Statistics",
+    "TrainState",
+    "check_state",
+    "clip_by_kl",
+    "curvature",
+    "diagnostics",
+    "ekfac",
+    "find_layers",
+    "fisher_stats",
+    "kfac",
+    "make_slots",
+    "memory_usage",
+    "scale_by_ekfac",
+    "scale_by_kfac",
+    "scale_by_tekfac",
+    "scale_by_tkfac",
+    "stats_due",
+    "tap",
+    "tekfac",
+    "tkfac",
+    "value_grad_and_stats",
+]

@@ -1,0 +1,309 @@
+"""Flax in, statistics out.
+
+The loss is traced twice while a step is compiled. First abstractly (`_trace`), to learn which
+calls are exact and which shapes they have. Then for differentiation, with an interceptor that
+passes the output of each of these calls through an identity whose custom derivative hands out
+(a, u) as the "gradient" of an otherwise unused zero slot.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tekfac_jax._flax_layers import is_supported
+from tekfac_jax._layers import Capture, Layers, Statistics
+from tekfac_jax._trace import (
+    Captures,
+    Plan,
+    Skip,
+    as_predicate,
+    batch_plan,
+    call_key,
+    common_batch_size,
+    fresh_trace,
+    judge,
+    layer_input,
+    nothing_found,
+    parameters_of,
+    trace_layers,
+)
+
+Reduction = Literal["mean", "sum"] | float | jax.Array
+
+
+def find_layers(
+    fn: Callable[..., Any], params: Any, *args: Any, skip: Skip = None, **kwargs: Any
+) -> Layers:
+    """Finds the layers of a Flax linen network whose curvature can be captured exactly.
+
+    One abstract trace, no arithmetic. Print the result: it lists what is covered and, for each
+    parameter that is not, the reason.
+
+    Args:
+        fn: the loss, or any function of the parameters that applies the network.
+        params: argument 0 of `fn`, a pytree of arrays (or of `jax.ShapeDtypeStruct`).
+        *args: the other arguments. Those without a shape (``train=True``) stay static.
+        skip: regular expression searched in the layer's path, or predicate on it; layers that
+            match are left out.
+        **kwargs: keyword arguments of `fn`.
+
+    Returns:
+        `Layers`, a frozen and hashable mapping from path to `LayerSpec`.
+
+    Raises:
+        ValueError: no layer can be captured, or the layers disagree on the batch size.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+        >>> print(tekfac.find_layers(loss_fn, params, x))
+        layer  kind   in  out  positions  state bytes
+        ~      dense  6   3    1          432
+        1 layers, 432 bytes of state
+    """
+    trace = trace_layers(fn, params, args, kwargs)
+    findings = judge(trace, as_predicate(skip))
+    if not findings.covered:
+        raise ValueError(nothing_found(trace, findings))
+    common_batch_size(trace, findings.covered)
+    return Layers(tuple(findings.specs.values()), tuple(sorted(findings.uncovered.items())))
+
+
+def value_grad_and_stats(
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    has_aux: bool = False,
+    reduction: Reduction = "mean",
+) -> Callable[..., Any]:
+    """`jax.value_and_grad` over argument 0 that also returns curvature statistics.
+
+    The statistics come out of the same forward and backward pass: they are those of the
+    empirical Fisher (labels of the batch). Value and gradient are those of `jax.value_and_grad`.
+
+    Args:
+        loss_fn: scalar loss of (params, *args, **kwargs). The leading axis of every layer input
+            is the batch.
+        layers: from `find_layers`.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        reduction: what the sum of the examples' losses was divided by: ``"mean"`` (the examples
+            that `loss_fn` saw), ``"sum"`` (nothing), or a number or scalar array (the number of
+            tokens that count, say).
+
+    Returns:
+        Function of (params, *args, **kwargs) that returns ``(value, grads, stats)``, or
+        ``((value, aux), grads, stats)``; `stats` is for `update(grads, ..., stats=stats)`.
+
+    Raises:
+        ValueError: unknown `reduction`; when called: the loss is no scalar, a layer of `layers`
+            is missing, used differently or has another shape, or batch sizes disagree.
+
+    Note:
+        With train-mode BatchNorm the sum of the statistics' gradients is the batch gradient, but
+        an example's own matrix is not the gradient of that example's loss, since the examples
+        share their statistics.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> loss, grads, stats = tekfac.value_grad_and_stats(loss_fn, layers)(params, x)
+        >>> stats.layers["~"][0].u.shape
+        (8, 3)
+    """
+    _check_layers(layers)
+    _check_reduction(reduction)
+
+    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = batch_plan(loss_fn, layers, params, args, kwargs)
+        _check_scalar(plan.output, has_aux)
+        grad_fn = jax.value_and_grad(tapped_with(loss_fn, plan), argnums=(0, 1), has_aux=has_aux)
+        value, (grads, captures) = grad_fn(params, plan.slots(), *args, **kwargs)
+        dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
+        if isinstance(reduction, str):
+            divisor: Any = plan.batch_size if reduction == "mean" else 1
+        else:
+            divisor = reduction
+        return value, grads, Statistics(captures, jnp.asarray(divisor, dtype))
+
+    return wrapped
+
+
+def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
+    """The loss with slots: differentiate it with respect to argument 1 to get the captures.
+
+    The layer under `value_grad_and_stats`, for who wants to own `jax.grad`. Wrap the captures as
+    ``Statistics(captures, scale)``, where `scale` is what the loss was divided by.
+
+    Args:
+        loss_fn: function of (params, *args, **kwargs).
+        layers: from `find_layers`.
+
+    Returns:
+        Function of (params, slots, *args, **kwargs) that returns what `loss_fn` returns.
+
+    Raises:
+        ValueError: when called: a layer of `layers` is missing, used differently or has another
+            shape, or batch sizes disagree.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.sum(model.apply({"params": params}, x) ** 2)
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> slots = tekfac.make_slots(loss_fn, layers, params, x)
+        >>> captures = jax.grad(tekfac.tap(loss_fn, layers), argnums=1)(params, slots, x)
+        >>> captures["~"][0].a.shape
+        (8, 5)
+    """
+    _check_layers(layers)
+
+    def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
+        plan = batch_plan(loss_fn, layers, params, args, kwargs)
+        return tapped_with(loss_fn, plan)(params, slots, *args, **kwargs)
+
+    return tapped
+
+
+def make_slots(
+    loss_fn: Callable[..., Any], layers: Layers, params: Any, *args: Any, **kwargs: Any
+) -> Captures:
+    """Zero slots for `tap`, of the shapes that these arguments lead to.
+
+    Args:
+        loss_fn: function of (params, *args, **kwargs).
+        layers: from `find_layers`.
+        params: argument 0.
+        *args: the other arguments.
+        **kwargs: keyword arguments.
+
+    Returns:
+        For each layer path one `Capture` per call: `a` in the shape of the layer's input, `u` in
+        the shape of its output.
+
+    Raises:
+        ValueError: a layer of `layers` is missing, used differently or has another shape.
+
+    Example: see `tap`.
+    """
+    _check_layers(layers)
+    return batch_plan(loss_fn, layers, params, args, kwargs).slots()
+
+
+# --- the identity whose derivative is the statistic ------------------------------------------
+
+
+@jax.custom_vjp
+def _tag(y: jax.Array, a: jax.Array, slot: Capture) -> jax.Array:
+    del a, slot  # the primal never reads the slot, so XLA removes it
+    return y
+
+
+def _tag_forward(y: jax.Array, a: jax.Array, slot: Capture) -> tuple[jax.Array, jax.Array]:
+    del slot
+    return y, a
+
+
+def _tag_backward(a: jax.Array, u: jax.Array) -> tuple[jax.Array, None, Capture]:
+    return u, None, Capture(a, u)
+
+
+_tag.defvjp(_tag_forward, _tag_backward)
+
+
+def tapped_with(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
+    """`fn` with the tag on the output of each planned call."""
+
+    def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
+        waiting = {
+            call.key: (call, slot)
+            for path, calls in plan.calls.items()
+            for call, slot in zip(calls, slots[path], strict=True)
+        }
+        counts: collections.Counter[Any] = collections.Counter()
+
+        def capture(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            y = next_fun(*args, **kwargs)
+            module, x = context.module, layer_input(args, kwargs)
+            if context.method_name != "__call__" or not is_supported(module) or x is None:
+                return y
+            if "kernel" not in parameters_of(module):
+                return y
+            key = call_key(module, counts)
+            if key not in waiting:
+                return y
+            call, slot = waiting.pop(key)
+            if x.shape != call.input.shape or y.shape != call.output.shape:
+                raise ValueError(
+                    f"layer {'/'.join(module.path)!r} changed shape between two traces"
+                )
+            return _tag(y, lax.stop_gradient(x.astype(call.input.dtype)), slot)
+
+        with nn.intercept_methods(capture):
+            with fresh_trace() if plan.cached else contextlib.nullcontext():
+                result = fn(params, *args, **kwargs)
+        if waiting:
+            missing = sorted("/".join(key[0]) or "~" for key in waiting)
+            raise ValueError(
+                f"layers {missing} were called in one trace of the function and not in the next: "
+                "it must call the same layers each time it is traced"
+            )
+        return result
+
+    return tapped
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _check_layers(layers: Any) -> None:
+    if not isinstance(layers, Layers):
+        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
+
+
+def _check_reduction(reduction: Any) -> None:
+    if isinstance(reduction, str):
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f'reduction must be "mean", "sum" or the number that the loss was divided by, '
+                f"got {reduction!r}"
+            )
+    elif isinstance(reduction, bool | None) or jnp.shape(reduction) != ():
+        raise ValueError(f"reduction must be a scalar, got {reduction!r}")
+    elif isinstance(reduction, int | float) and not 0 < reduction < float("inf"):
+        raise ValueError(f"reduction must be a positive number, got {reduction!r}")
+
+
+def _check_scalar(output: Any, has_aux: bool) -> None:
+    if has_aux:
+        if not isinstance(output, tuple) or len(output) != 2:
+            raise ValueError("with has_aux=True the loss must return a pair (loss, aux)")
+        output = output[0]
+    shape = getattr(output, "shape", None)
+    if shape != () or not jnp.issubdtype(output.dtype, jnp.floating):
+        what = (
+            f"shape {shape} and dtype {output.dtype}"
+            if shape is not None
+            else type(output).__name__
+        )
+        raise ValueError(
+            f"the loss must be a real scalar, got {what}. Take the mean over the examples; "
+            "with further outputs return (loss, aux) and pass has_aux=True."
+        )

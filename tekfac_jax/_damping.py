@@ -1,0 +1,78 @@
+"""How much damping each layer gets, and how far a step may move the model's distribution."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from tekfac_jax._layers import Layers, LayerSpec
+
+Damping = Literal["auto", "trace"] | float | jax.Array
+FcDamping = Literal["beta", "own"]
+
+FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
+
+
+def trace_damping(theta: jax.Array, trace_floor: jax.Array | float) -> jax.Array:
+    """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue."""
+    return jnp.maximum(jnp.sum(theta), trace_floor) / theta.size
+
+
+def layer_dampings(
+    layers: Layers,
+    theta: Mapping[str, jax.Array],
+    valid: Mapping[str, jax.Array],
+    *,
+    damping: Damping,
+    trace_floor: jax.Array | float,
+    damping_scale: jax.Array | float,
+    fc_damping: FcDamping,
+) -> dict[str, jax.Array]:
+    """λ of every layer.
+
+    Args:
+        layers: all layers of the network.
+        theta: debiased Θ of each layer, (in[+1], out).
+        valid: whether that Θ can be used, ().
+        damping: ``"trace"`` (Eq. 3.5), a number (Eq. 3.4), or ``"auto"``: trace damping in a
+            network with conv layers, `FIXED_DAMPING` in another.
+        trace_floor: ϑ of Eq. 3.5.
+        damping_scale: multiplies each λ.
+        fc_damping: ``"beta"``: a Dense layer with one position in a network with conv layers
+            takes the largest λ of these, so that it keeps pace with them; ``"own"``: its own.
+    """
+    convs = [path for path, spec in layers.items() if spec.kind == "conv"]
+    if isinstance(damping, str) and damping == "auto":
+        damping = "trace" if convs else FIXED_DAMPING
+
+    def own(path: str) -> jax.Array:
+        dtype = theta[path].dtype
+        if isinstance(damping, str):
+            rule = trace_damping(theta[path], trace_floor)
+        else:
+            rule = jnp.asarray(damping, dtype)
+        return (rule * damping_scale).astype(dtype)
+
+    dampings = {path: own(path) for path in layers}
+    if fc_damping == "beta" and convs and isinstance(damping, str):
+        known = [jnp.where(valid[path], dampings[path], 0) for path in convs]
+        beta = jnp.max(jnp.stack(known))
+        for path, spec in layers.items():
+            if _is_fully_connected(spec):
+                own_dtype = dampings[path].dtype
+                dampings[path] = jnp.where(beta > 0, beta.astype(own_dtype), dampings[path])
+    return dampings
+
+
+def _is_fully_connected(spec: LayerSpec) -> bool:
+    return spec.kind == "dense" and spec.positions == 1
+
+
+def kl_factor(
+    inner_product: jax.Array, learning_rate: jax.Array | float, max_kl: jax.Array | float
+) -> jax.Array:
+    """min(1, √(κ / (η² ⟨ΔW, G⟩))): shrinks a step whose predicted KL divergence exceeds κ/2."""
+    divergence = learning_rate**2 * inner_product
+    too_far = divergence > max_kl  # False for NaN and for 0
+    return jnp.where(too_far, jnp.sqrt(max_kl / jnp.where(too_far, divergence, 1)), 1)

@@ -1,0 +1,97 @@
+"""Flax's layer types: which are supported, and how one call becomes a `LayerSpec`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax.linen import dtypes
+
+from tekfac_jax._layers import LayerSpec, call_positions, replace
+
+
+def describe(module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
+    """The spec of a call (without a path), or why the layer cannot be captured."""
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        return f"its kernel is {kernel.dtype}, not a real floating-point array"
+    if module.promote_dtype is not dtypes.promote_dtype:
+        return "it has a promote_dtype of its own"
+    fields = _FIELDS[type(module)](module, x)
+    if isinstance(fields, str):
+        return fields
+    spec = LayerSpec(
+        path="",
+        kernel_shape=tuple(kernel.shape),
+        use_bias=module.use_bias,
+        dtype=jnp.dtype(kernel.dtype).name,
+        **fields,
+    )
+    return replace(spec, positions=call_positions(spec, y.shape))
+
+
+def _describe_dense(module: Any, x: Any) -> dict[str, Any] | str:
+    axes = (module.axis,) if isinstance(module.axis, int) else tuple(module.axis)
+    axes = tuple(sorted(axis % x.ndim for axis in axes))
+    if module.batch_dims:
+        return "it has batch_dims: one kernel for each index"
+    return _dense_fields(module, x, axes)
+
+
+def _dense_fields(module: Any, x: Any, axes: tuple[int, ...]) -> dict[str, Any] | str:
+    if module.dot_general is not None or module.dot_general_cls is not None:
+        return "it has a dot_general of its own"
+    if 0 in axes:
+        return "its input has no batch axis in front of what it contracts"
+    axes = tuple(axis - x.ndim for axis in axes)
+    return {"kind": "dense", "contracted": len(axes), "axes": axes}
+
+
+def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
+    window = _tuple(module.kernel_size, 1)
+    rank = len(window)
+    if module.feature_group_count != 1:
+        return f"grouped convolution (feature_group_count={module.feature_group_count})"
+    if set(_tuple(module.input_dilation, rank)) != {1}:
+        return f"its input is dilated (input_dilation={module.input_dilation})"
+    if module.mask is not None:
+        return "its kernel is masked"
+    if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
+        return "it has a conv_general_dilated of its own"
+    if x.ndim < rank + 2:
+        return "its input has no batch axis"
+    return {
+        "kind": "conv",
+        "contracted": rank + 1,
+        "strides": _tuple(module.strides, rank),
+        "dilation": _tuple(module.kernel_dilation, rank),
+        "padding": _padding(module.padding, rank),
+    }
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    """Flax's shorthand: None is 1, a number counts for every axis."""
+    if value is None:
+        value = 1
+    return (int(value),) * rank if isinstance(value, int | np.integer) else tuple(map(int, value))
+
+
+def _padding(padding: Any, rank: int) -> Any:
+    """Flax's shorthand: a number pads every side, a number for an axis both of its sides."""
+    if isinstance(padding, str):
+        return padding.upper()
+    if isinstance(padding, int):
+        return ((padding, padding),) * rank
+    return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
+
+
+_FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
+    nn.Dense: lambda module, x: _dense_fields(module, x, (x.ndim - 1,)),
+    nn.DenseGeneral: _describe_dense,
+    nn.Conv: _describe_conv,
+}
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether the module's type is one whose calls can be captured; subclasses may do anything."""
+    return type(module) in _FIELDS

@@ -1,0 +1,214 @@
+"""The ready optimizers: precondition, clip, momentum, decay, and something for all the rest."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tekfac_jax._damping import kl_factor
+from tekfac_jax._layers import Layers
+from tekfac_jax._options import also_arguments_of, check_number, same_arguments_as
+from tekfac_jax._pytrees import captured_mask, layer_path
+from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid, search
+from tekfac_jax._transform import (
+    scale_by_ekfac,
+    scale_by_kfac,
+    scale_by_tekfac,
+    scale_by_tkfac,
+)
+
+LearningRate = optax.ScalarOrSchedule
+
+
+def clip_by_kl(
+    inner: optax.GradientTransformation, learning_rate: LearningRate, max_kl: Any = 1e-3
+) -> optax.GradientTransformationExtraArgs:
+    """Shrinks the step of `inner` where it would move the predictive distribution too far.
+
+    Multiplies the updates by min(1, √(κ / (η² Σ ⟨ΔW, G⟩))), with one factor for all layers.
+    Where `inner` holds curvature of ours, only layers whose curvature is valid are counted and
+    multiplied: elsewhere ⟨ΔW, G⟩ is no divergence. It wraps `inner` because it needs the
+    gradient, the preconditioned gradient and η at once; put it before momentum.
+
+    Args:
+        inner: transformation that preconditions.
+        learning_rate: η, a number or a schedule of the step count.
+        max_kl: κ, bound on η² ΔWᵀ F ΔW (twice the predicted KL divergence), positive.
+
+    Returns:
+        `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: `max_kl` not positive, or `learning_rate` negative.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, tekfac_jax as tekfac
+        >>> tx = tekfac.clip_by_kl(optax.scale(100.0), learning_rate=1.0, max_kl=1.0)
+        >>> updates, state = tx.update(jnp.ones(4), tx.init(jnp.ones(4)))
+        >>> print(updates)
+        [5. 5. 5. 5.]
+    """
+    check_number(
+        "max_kl",
+        max_kl,
+        0,
+        math.inf,
+        "1e-3 is usual; None in tekfac(...) turns the clip off",
+        open_low=True,
+    )
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> ClipByKlState:
+        dtype = jnp.result_type(float)
+        return ClipByKlState(jnp.zeros((), jnp.int32), jnp.ones((), dtype), inner.init(params))
+
+    def update(
+        updates: Any, state: ClipByKlState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipByKlState]:
+        directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        counted = _counted(directions, inner_state)
+        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        products = jax.tree.map(_inner_product, counted, directions, updates)
+        total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
+        factor = kl_factor(total, eta, max_kl).astype(state.factor.dtype)
+        clipped = jax.tree.map(
+            lambda use, d: jnp.where(use, d * factor.astype(d.dtype), d), counted, directions
+        )
+        return clipped, ClipByKlState(optax.safe_increment(state.count), factor, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) -> jax.Array:
+    dtype = jnp.promote_types(direction.dtype, jnp.float32)
+    product = jnp.sum(direction.astype(dtype) * gradient.astype(dtype))
+    return jnp.where(use, product, 0)
+
+
+def _counted(directions: Any, inner_state: Any) -> Any:
+    """For each leaf whether it was preconditioned with valid curvature."""
+    states = search(inner_state, ScaleByTekfacState)
+    if not states:
+        return jax.tree.map(lambda d: jnp.array(True), directions)
+    valid = {path: is_valid(layer) for state in states for path, layer in state.layers.items()}
+    nothing = jnp.array(False)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, d: valid.get(layer_path(path) or "", nothing), directions
+    )
+
+
+@also_arguments_of(scale_by_tekfac)
+def tekfac(
+    learning_rate: LearningRate,
+    layers: Layers,
+    *,
+    momentum: Any = 0.9,
+    weight_decay: Any = 0.0,
+    kl_clip: Any = 1e-3,
+    fallback: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The TEKFAC optimizer, ready to use. `tkfac`, `ekfac` and `kfac` are its siblings.
+
+    Captured parameters: preconditioned (`scale_by_tekfac`), clipped (`clip_by_kl`), heavy-ball
+    momentum, decoupled weight decay, times −η. Everything else goes to `fallback`.
+
+    Args:
+        learning_rate: η, a number or an optax schedule.
+        layers: from `find_layers`.
+        momentum: decay of the momentum, in [0, 1); 0 or None: none.
+        weight_decay: multiplies the captured parameters, added after momentum (decoupled).
+        kl_clip: κ of `clip_by_kl`; None: no clip.
+        fallback: transformation for every parameter that is not captured; it applies its own
+            learning rate. None: Adam with the same learning rate or schedule.
+        **options: arguments of `scale_by_tekfac`.
+
+    Returns:
+        `optax.GradientTransformationExtraArgs`; `update` takes ``stats=``.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(jnp.sum((model.apply({"params": params}, x) - 1) ** 2, axis=-1))
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> tx = tekfac.tekfac(0.1, layers, factor_interval=10)
+        >>> state = tekfac.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+        >>> loss, grads, stats = tekfac.value_grad_and_stats(loss_fn, layers)(params, x)
+        >>> state = state.apply_gradients(grads=grads, stats=stats)
+        >>> bool(loss_fn(state.params, x) < loss)
+        True
+    """
+    return _ready(
+        scale_by_tekfac,
+        learning_rate,
+        layers,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        kl_clip=kl_clip,
+        fallback=fallback,
+        **options,
+    )
+
+
+@same_arguments_as(tekfac)
+def tkfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The TKFAC optimizer, ready to use: `tekfac` around `scale_by_tkfac`."""
+    return _ready(scale_by_tkfac, *args, **kwargs)
+
+
+@same_arguments_as(tekfac)
+def ekfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The EKFAC optimizer, ready to use: `tekfac` around `scale_by_ekfac`."""
+    return _ready(scale_by_ekfac, *args, **kwargs)
+
+
+@same_arguments_as(tekfac)
+def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The KFAC optimizer, ready to use: `tekfac` around `scale_by_kfac`."""
+    return _ready(scale_by_kfac, *args, **kwargs)
+
+
+def _ready(
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs],
+    learning_rate: LearningRate,
+    layers: Layers,
+    *,
+    momentum: Any = 0.9,
+    weight_decay: Any = 0.0,
+    kl_clip: Any = 1e-3,
+    fallback: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
+    if momentum is not None:
+        check_number("momentum", momentum, 0, 1, "0.9 is usual")
+    check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
+    direction = scale_by(layers, **options)
+    if kl_clip is not None:
+        direction = clip_by_kl(direction, learning_rate, kl_clip)
+    captured = optax.chain(
+        direction,
+        optax.identity() if momentum is None else optax.trace(momentum),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    if fallback is None:
+        fallback = optax.adam(learning_rate)
+
+    def labels(params: Any) -> Any:
+        mask = captured_mask(params, layers)
+        return jax.tree.map(lambda is_captured: "captured" if is_captured else "fallback", mask)
+
+    return optax.partition({"captured": captured, "fallback": fallback}, labels)

@@ -1,0 +1,137 @@
+"""Arguments of the transforms: what they may be, and one signature for the whole family."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+
+import jax.numpy as jnp
+
+from tekfac_jax._damping import Damping, FcDamping
+from tekfac_jax._layers import Layers
+
+Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
+FactorKind = Literal["exact", "location"]
+Rescaling = Literal["exact", "running"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Options(NamedTuple):
+    """Arguments of `scale_by_tekfac` and its siblings."""
+
+    factor_interval: Number = 50
+    eigenbasis_interval: Number = 50
+    rescaling_interval: Number = 50
+    factor_decay: Number = 0.95
+    rescaling_decay: Number = 0.95
+    damping: Damping = "auto"
+    trace_floor: Number = 0.01
+    damping_scale: Number = 1.0
+    fc_damping: FcDamping = "beta"
+    factors: FactorKind = "exact"
+    rescaling: Rescaling = "exact"
+    axis_name: Any = None
+    factor_dtype: Any = None
+
+
+def validate(layers: Any, options: Options) -> Options:
+    """Raises a ValueError that names the argument, its value, the range and the remedy."""
+    if not isinstance(layers, Layers):
+        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
+    if not layers:
+        raise ValueError("layers is empty: there is nothing to precondition")
+    for name in ("factor_interval", "eigenbasis_interval", "rescaling_interval"):
+        _check_interval(name, getattr(options, name))
+    for name in ("factor_decay", "rescaling_decay"):
+        check_number(name, getattr(options, name), 0, 1, "0 keeps only the newest value")
+    check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")
+    check_number(
+        "damping_scale", options.damping_scale, 0, math.inf, "1 is the rule itself", open_low=True
+    )
+    if isinstance(options.damping, str):
+        check_choice("damping", options.damping, ("auto", "trace"), "or a positive number")
+    else:
+        check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
+    check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
+    check_choice("factors", options.factors, get_args(FactorKind))
+    check_choice("rescaling", options.rescaling, get_args(Rescaling))
+    return options._replace(factor_dtype=_factor_dtype(options.factor_dtype))
+
+
+def _check_interval(name: str, value: Any) -> None:
+    if _is_array(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} must be a whole number of steps, 1 or more (1: every step), got {value!r}"
+        )
+
+
+def check_number(
+    name: str, value: Any, low: float, high: float, remedy: str, *, open_low: bool = False
+) -> None:
+    """Raises unless `value` is an array or a number in [low, high), (low, high) with `open_low`."""
+    if _is_array(value):
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (low < value if open_low else low <= value) or not value < high:
+        bracket = "(" if open_low else "["
+        raise ValueError(
+            f"{name} must be a number in {bracket}{low}, {high}), got {value!r}; {remedy}"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> None:
+    """Raises unless `value` is one of `choices`."""
+    if value not in choices:
+        listed = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} must be one of {listed} {also}".rstrip() + f", got {value!r}")
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def _factor_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    if jnp.dtype(dtype) not in (jnp.dtype("float32"), jnp.dtype("float64")):
+        raise ValueError(
+            f"factor_dtype must be float32 or float64, got {jnp.dtype(dtype).name}: in half "
+            "precision the small eigenvalues of a factor are lost. Parameters and activations "
+            "may be in half precision all the same"
+        )
+    return jnp.dtype(dtype)
+
+
+def same_arguments_as(
+    template: Callable[P, R],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Gives a function that takes ``**options`` the signature of `template`.
+
+    So that help() and type checkers show every argument, and optax.inject_hyperparams, which
+    reads the signature, finds those that it may inject.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(template)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def also_arguments_of(template: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Spells out ``**options`` in a function's signature: they are `template`'s keywords."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        own = inspect.signature(function).parameters.values()
+        more = inspect.signature(template).parameters.values()
+        parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        parameters += [p for p in more if p.kind is p.KEYWORD_ONLY]
+        signature = inspect.Signature(parameters)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        return function
+
+    return decorate

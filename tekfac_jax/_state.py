@@ -1,0 +1,271 @@
+"""What the optimizer remembers, and how to read it inside any optax state."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tekfac_jax._eigenbasis import eigenvalues_in
+from tekfac_jax._layers import Layers, LayerSpec
+
+
+class LayerState(NamedTuple):
+    """One layer's curvature; i = in[+1] and o = out.
+
+    Averages start at zero and carry their own weight, w ← βw + (1−β), by which they are divided
+    when read: the first update is an assignment.
+    """
+
+    phi: jax.Array  # (i, i) average of δΦ; of A in KFAC and EKFAC
+    psi: jax.Array  # (o, o) average of δΨ; of U in KFAC and EKFAC
+    factor_weight: jax.Array  # () weight of these two
+    delta: jax.Array  # () δ, debiased: the trace of the layer's Fisher block
+    q_phi: jax.Array  # (i, i) eigenvectors of Φ in columns
+    q_psi: jax.Array  # (o, o) eigenvectors of Ψ in columns
+    basis_valid: jax.Array  # () whether there are any yet
+    theta: jax.Array  # (i, o) average of Θ in the basis above
+    theta_weight: jax.Array  # () its weight
+    damping: jax.Array  # () λ of the last step
+    failures: jax.Array  # () how often statistics or a decomposition were not finite
+
+
+class ScaleByTekfacState(NamedTuple):
+    """State of `scale_by_tekfac` and its siblings: arrays only."""
+
+    count: jax.Array  # () steps taken
+    due: jax.Array  # () whether the next step would use statistics
+    layers: dict[str, LayerState]
+
+
+class ClipByKlState(NamedTuple):
+    """State of `clip_by_kl`."""
+
+    count: jax.Array  # () steps taken
+    factor: jax.Array  # () what the last step was multiplied by
+    inner_state: Any
+
+
+class Curvature(NamedTuple):
+    """Curvature of one layer: F ≈ (Q_Φ⊗Q_Ψ) diag(Θ) (Q_Φ⊗Q_Ψ)ᵀ, or δ Φ⊗Ψ. All debiased.
+
+    Attributes:
+        delta: δ, the trace of the Fisher block. Shape ().
+        phi: Φ, trace 1, (in[+1], in[+1]).
+        psi: Ψ, trace 1, (out, out).
+        q_phi: eigenvectors of Φ in columns, (in[+1], in[+1]).
+        q_psi: eigenvectors of Ψ in columns, (out, out).
+        theta: Θ, (in[+1], out).
+    """
+
+    delta: jax.Array
+    phi: jax.Array
+    psi: jax.Array
+    q_phi: jax.Array
+    q_psi: jax.Array
+    theta: jax.Array
+
+
+def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
+    """At least float32: factors in half precision lose their small eigenvalues."""
+    return jnp.promote_types(spec.dtype, jnp.float32) if factor_dtype is None else factor_dtype
+
+
+def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
+    """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
+
+    def layer(spec: LayerSpec) -> LayerState:
+        i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
+        shapes = LayerState(
+            phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, i), q_psi=(o, o),
+            basis_valid=(), theta=(i, o), theta_weight=(), damping=(), failures=(),
+        )  # fmt: skip
+        state = LayerState(*(jnp.zeros(shape, dtype) for shape in shapes))
+        return state._replace(basis_valid=jnp.array(False), failures=jnp.zeros((), jnp.int32))
+
+    return ScaleByTekfacState(
+        count=jnp.zeros((), jnp.int32),
+        due=jnp.array(True),
+        layers={path: layer(spec) for path, spec in layers.items()},
+    )
+
+
+def debiased(average: jax.Array, weight: jax.Array) -> jax.Array:
+    """An average divided by its weight; zero where nothing was averaged yet."""
+    return average / jnp.where(weight > 0, weight, 1)
+
+
+def is_valid(layer: LayerState) -> jax.Array:
+    """Whether a gradient can be preconditioned with this layer's curvature."""
+    return layer.basis_valid & (layer.theta_weight > 0) & (jnp.sum(layer.theta) > 0)
+
+
+def curvature(opt_state: Any) -> dict[str, Curvature]:
+    """The curvature held in an optax state, however deep.
+
+    Args:
+        opt_state: state of any optax transformation that contains one of ours, or a train state.
+
+    Returns:
+        For each layer path its `Curvature`, debiased, Φ and Ψ with trace 1 (I/dim while there
+        is nothing). In KFAC and EKFAC δ = tr A · tr U, Φ = A / tr A, Ψ = U / tr U. In KFAC and
+        TKFAC Θ = δ · max(λ_Φ, 0) ⊗ max(λ_Ψ, 0), as of the last refresh.
+
+    Raises:
+        ValueError: there is no such state inside.
+
+    Example:
+        >>> import optax, tekfac_jax as tekfac
+        >>> from tekfac_jax._layers import Layers, LayerSpec
+        >>> layers = Layers((LayerSpec(path="d", kind="dense", kernel_shape=(2, 3), contracted=1,
+        ...                            use_bias=True, dtype="float32", axes=(-1,)),))
+        >>> opt_state = optax.chain(tekfac.scale_by_tekfac(layers), optax.scale(-1.0)).init({})
+        >>> tekfac.curvature(opt_state)["d"].theta.shape
+        (3, 3)
+    """
+
+    def read(layer: LayerState) -> Curvature:
+        return Curvature(
+            delta=layer.delta,
+            phi=_unit_trace(layer.phi),
+            psi=_unit_trace(layer.psi),
+            q_phi=layer.q_phi,
+            q_psi=layer.q_psi,
+            theta=debiased(layer.theta, layer.theta_weight),
+        )
+
+    return {path: read(layer) for path, layer in _layer_states(opt_state).items()}
+
+
+def _unit_trace(factor: jax.Array) -> jax.Array:
+    trace = jnp.trace(factor)
+    nothing = jnp.eye(factor.shape[0], dtype=factor.dtype) / factor.shape[0]
+    return jnp.where(trace > 0, factor / jnp.where(trace > 0, trace, 1), nothing)
+
+
+def stats_due(opt_state: Any) -> jax.Array:
+    """Whether the next step would use statistics: a factor, basis or Θ refresh is due.
+
+    For loops that compile a second step without statistics. A step that gets none although they
+    are due leaves the curvature as it is until the next interval begins.
+
+    Args:
+        opt_state: state of any optax transformation that contains one of ours.
+
+    Returns:
+        Boolean array of shape ().
+
+    Raises:
+        ValueError: there is no such state inside.
+    """
+    return jnp.any(jnp.stack([state.due for state in _find(opt_state, ScaleByTekfacState)]))
+
+
+def memory_usage(opt_state: Any) -> dict[str, dict[str, int]]:
+    """Bytes of curvature state, for each layer: ``factors``, ``eigenbasis``, ``rescaling``.
+
+    Args:
+        opt_state: state of any optax transformation that contains one of ours; shapes suffice.
+
+    Returns:
+        Layer path -> kind -> bytes.
+
+    Raises:
+        ValueError: there is no such state inside.
+    """
+
+    def size(*arrays: Any) -> int:
+        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+
+    return {
+        path: {
+            "factors": size(layer.phi, layer.psi),
+            "eigenbasis": size(layer.q_phi, layer.q_psi),
+            "rescaling": size(layer.theta),
+        }
+        for path, layer in _layer_states(opt_state).items()
+    }
+
+
+def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
+    """What to log: a flat dict of scalar arrays.
+
+    Args:
+        opt_state: state of any optax transformation that contains one of ours.
+
+    Returns:
+        ``{path}/trace`` (tr Θ), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
+        ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/failures``
+        (non-finite statistics and decompositions so far), and ``kl_clip`` (what the last step
+        was multiplied by) where `clip_by_kl` is in use.
+
+    Raises:
+        ValueError: there is no such state inside.
+    """
+
+    def spread(factor: jax.Array, q: jax.Array) -> jax.Array:
+        return jnp.max(eigenvalues_in(_unit_trace(factor), q)) * factor.shape[0]
+
+    scalars = {}
+    for path, layer in _layer_states(opt_state).items():
+        scalars |= {
+            f"{path}/trace": jnp.sum(debiased(layer.theta, layer.theta_weight)),
+            f"{path}/damping": layer.damping,
+            f"{path}/phi_spread": spread(layer.phi, layer.q_phi),
+            f"{path}/psi_spread": spread(layer.psi, layer.q_psi),
+            f"{path}/failures": layer.failures,
+        }
+    for clip in search(opt_state, ClipByKlState):
+        scalars["kl_clip"] = clip.factor
+    return scalars
+
+
+def check_state(opt_state: Any, layers: Layers) -> str:
+    """Says whether a (restored) state fits these layers.
+
+    Args:
+        opt_state: state of any optax transformation that contains one of ours.
+        layers: from `find_layers`.
+
+    Returns:
+        The first difference in a sentence; the empty string if the state fits.
+
+    Raises:
+        ValueError: there is no such state inside.
+    """
+    states = _layer_states(opt_state)
+    missing, extra = sorted(set(layers) - set(states)), sorted(set(states) - set(layers))
+    if missing or extra:
+        return f"The state has no layers {missing} and has {extra}, which the network has not."
+    for path, spec in layers.items():
+        theta = states[path].theta
+        if theta.shape != (spec.in_dim, spec.out_dim):
+            return (
+                f"Layer {path!r} has in and out dimension {theta.shape} in the state and "
+                f"{(spec.in_dim, spec.out_dim)} in the network."
+            )
+    return ""
+
+
+def _layer_states(opt_state: Any) -> dict[str, LayerState]:
+    states: dict[str, LayerState] = {}
+    for state in _find(opt_state, ScaleByTekfacState):
+        states |= state.layers
+    return states
+
+
+def _find(opt_state: Any, kind: type) -> list[Any]:
+    found = search(opt_state, kind)
+    if not found:
+        raise ValueError(
+            "there is no state of scale_by_tekfac or a sibling in this optimizer state "
+            f"({type(opt_state).__name__}); pass what tx.init or tx.update returned"
+        )
+    return found
+
+
+def search(opt_state: Any, kind: type) -> list[Any]:
+    """All states of that type in an optax state, however deep."""
+    # A clip's state contains the state that it wraps: stop only at the kind that is looked for.
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]

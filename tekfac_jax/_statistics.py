@@ -1,0 +1,166 @@
+"""Pure contractions: from captures to factors and to the re-scaling Θ.
+
+Every function returns a **sum over examples**; the caller divides by their number, after adding
+up over devices where there are several. Within a layer everything is a function of
+
+    G_n = Σ_t a_nt u_ntᵀ    (in[+1], out), the gradient of example n,
+
+and positions are summed before anything is squared.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from tekfac_jax._layers import Capture, LayerSpec, normal_form
+
+HIGHEST = lax.Precision.HIGHEST
+
+# Examples handled at once where G_n is formed, and the numbers that they may take up. On CPU
+# small matrix products are fast and large batched ones are not; elsewhere it is the reverse.
+_CHUNK_CPU = 8
+_CHUNK = 32
+_CHUNK_NUMBERS = 2**26
+
+
+class Factors(NamedTuple):
+    """The two factors of one layer, summed over examples or averaged.
+
+    Attributes:
+        phi: input side, (in[+1], in[+1]): δΦ (trace-restricted) or A (plain).
+        psi: output side, (out, out): δΨ or U.
+    """
+
+    phi: jax.Array
+    psi: jax.Array
+
+
+Contraction = Callable[[Array, Array], Any]
+
+
+def exact_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors:
+    """Σ_n G_n G_nᵀ and Σ_n G_nᵀ G_n: the partial traces of the Fisher block.
+
+    Generalises Eq. 2.10 of the paper to several positions; the traces are Σ_n ‖G_n‖² = δN.
+    """
+    if a.shape[1] == 1:
+        return location_factors(a, u)
+    g = _per_example_gradients(a, u)
+    phi = jnp.einsum("nio,njo->ij", g, g, precision=HIGHEST)
+    psi = jnp.einsum("nio,nip->op", g, g, precision=HIGHEST)
+    return Factors(phi, psi)
+
+
+def location_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors:
+    """Σ_nt ‖u‖² aaᵀ and Σ_nt ‖a‖² uuᵀ: Eq. 2.10 with positions taken as uncorrelated."""
+    a, u = _positions_as_examples(a), _positions_as_examples(u)
+    a_norms = jnp.sum(a**2, axis=1, keepdims=True)
+    u_norms = jnp.sum(u**2, axis=1, keepdims=True)
+    phi = jnp.matmul((a * u_norms).T, a, precision=HIGHEST)
+    psi = jnp.matmul((u * a_norms).T, u, precision=HIGHEST)
+    return Factors(phi, psi)
+
+
+def plain_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors:
+    """Σ_n Σ_t aaᵀ and Σ_n mean_t uuᵀ: KFAC's A and U (Eq. 2.4; conv: Grosse and Martens 2016)."""
+    positions = a.shape[1]
+    a, u = _positions_as_examples(a), _positions_as_examples(u)
+    phi = jnp.matmul(a.T, a, precision=HIGHEST)
+    psi = jnp.matmul(u.T, u, precision=HIGHEST) / positions
+    return Factors(phi, psi)
+
+
+def rescaling(
+    a: Float[Array, "n t i"],
+    u: Float[Array, "n t o"],
+    q_phi: Float[Array, "i j"],
+    q_psi: Float[Array, "o p"],
+) -> Float[Array, "j p"]:
+    """Σ_n (Q_Φᵀ G_n Q_Ψ)²: the re-scaling Θ of Eq. 3.2, the square inside the mean.
+
+    Each side is rotated where it is smaller: before G_n is formed (T rows) or after (the other
+    side's width).
+    """
+    positions, i, o = a.shape[1], a.shape[2], u.shape[2]
+    rotate_a, rotate_u = positions < o, positions < i
+    if rotate_a:
+        a = jnp.einsum("nti,ij->ntj", a, q_phi, precision=HIGHEST)
+    if rotate_u:
+        u = jnp.einsum("nto,op->ntp", u, q_psi, precision=HIGHEST)
+    if positions == 1:
+        return jnp.matmul(a[:, 0].T ** 2, u[:, 0] ** 2, precision=HIGHEST)
+    g = _per_example_gradients(a, u)
+    if not rotate_a:
+        g = jnp.einsum("ij,nio->njo", q_phi, g, precision=HIGHEST)
+    if not rotate_u:
+        g = jnp.einsum("njo,op->njp", g, q_psi, precision=HIGHEST)
+    return jnp.sum(g**2, axis=0)
+
+
+def sum_over_examples(
+    contract: Contraction,
+    spec: LayerSpec,
+    captures: Sequence[Capture],
+    scale: jax.Array,
+    dtype: Any,
+) -> Any:
+    """Applies a contraction to a layer's captures, a chunk of examples at a time.
+
+    Args:
+        contract: function of `a` [n, T, in[+1]] and `u` [n, T, out] that sums over n.
+        spec: the layer.
+        captures: one per call; further calls count as further positions.
+        scale: what turns `u` into the gradient of the summed loss.
+        dtype: of the arithmetic.
+
+    Returns:
+        What `contract` returns, summed over all examples.
+    """
+
+    def partial_sum(chunk: Sequence[Capture]) -> Any:
+        forms = [normal_form(spec, capture, dtype) for capture in chunk]
+        a = jnp.concatenate([a for a, _ in forms], axis=1)
+        u = jnp.concatenate([u for _, u in forms], axis=1)
+        return contract(a, u * scale.astype(dtype))
+
+    n = captures[0].u.shape[0]
+    size = min(n, _chunk_size(spec, captures))
+    if size == n:
+        return partial_sum(captures)
+    chunks, rest = divmod(n, size)
+    split = jax.tree.map(lambda x: x[: n - rest].reshape(chunks, size, *x.shape[1:]), captures)
+    first = jax.tree.map(lambda x: x[0], split)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(partial_sum, first))
+    if rest:
+        zero = partial_sum(jax.tree.map(lambda x: x[n - rest :], captures))
+
+    def add(total: Any, chunk: Sequence[Capture]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, partial_sum(chunk)), None
+
+    return lax.scan(add, zero, split)[0]
+
+
+def _chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
+    """How many examples are handled at once."""
+    n = captures[0].u.shape[0]
+    positions = sum(c.u[0].size for c in captures) // spec.out_dim
+    if positions == 1:
+        return n
+    numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim
+    most = _CHUNK_CPU if jax.default_backend() == "cpu" else _CHUNK
+    return max(1, min(n, most, _CHUNK_NUMBERS // numbers))
+
+
+def _per_example_gradients(
+    a: Float[Array, "n t i"], u: Float[Array, "n t o"]
+) -> Float[Array, "n i o"]:
+    """G_n = Σ_t a_nt u_ntᵀ."""
+    return jnp.einsum("nti,nto->nio", a, u, precision=HIGHEST)
+
+
+def _positions_as_examples(x: Float[Array, "n t d"]) -> Float[Array, "m d"]:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,446 @@
+"""`scale_by_tekfac` and its siblings: Algorithm 1 of the paper, in the paper's order.
+
+F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ, with one machine for the family of four and two switches:
+
+|                            | plain factors A, U | trace-restricted factors Φ, Ψ |
+|----------------------------|--------------------|-------------------------------|
+| eigenvalues of the factors | KFAC               | TKFAC                         |
+| Θ measured in their basis  | EKFAC              | TEKFAC                        |
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from tekfac_jax import _statistics
+from tekfac_jax._damping import Damping, FcDamping, layer_dampings
+from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, precondition, rotate, transport
+from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics, call_positions
+from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
+from tekfac_jax._pytrees import gather_matrices, scatter_matrices
+from tekfac_jax._state import (
+    LayerState,
+    ScaleByTekfacState,
+    debiased,
+    initial_state,
+    is_valid,
+)
+
+
+class Member(NamedTuple):
+    """The two switches that tell the family of four apart."""
+
+    plain: bool  # factors A and U instead of the trace-restricted Φ and Ψ
+    measured: bool  # Θ measured in the eigenbasis instead of the factors' eigenvalues
+
+
+# --- Algorithm 1 -----------------------------------------------------------------------------
+
+
+def _algorithm(
+    layers: Layers, member: Member, options: Options
+) -> optax.GradientTransformationExtraArgs:
+    def init(params: Any) -> ScaleByTekfacState:
+        del params  # the structure comes from `layers`: optax calls init with placeholders
+        return initial_state(layers, options.factor_dtype)
+
+    def update(
+        updates: Any,
+        state: ScaleByTekfacState,
+        params: Any = None,
+        *,
+        stats: Statistics | None = None,
+        batch_size: int | jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, ScaleByTekfacState]:
+        del params, extra_args
+        gradients = gather_matrices(updates, layers)
+        running = member.measured and options.rescaling == "running"
+        batch = _read_batch(stats, batch_size, layers, options.axis_name, required=running)
+        new = dict(state.layers)
+        for path, spec in layers.items():
+            tools = _Tools(spec, member, options, state.count)
+            if stats is not None:
+                captured = _Captured(stats.layers[path], stats.scale, batch.examples)
+                new[path] = update_factors(tools, new[path], captured)
+                new[path] = update_eigenbasis(tools, new[path])
+                new[path] = update_rescaling(tools, new[path], captured)
+            if running and path in gradients:
+                new[path] = update_running_rescaling(tools, new[path], gradients[path], batch)
+
+        theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
+        valid = {path: is_valid(layer) for path, layer in new.items()}
+        damping = layer_dampings(
+            layers, theta, valid,
+            damping=options.damping, trace_floor=options.trace_floor,
+            damping_scale=options.damping_scale, fc_damping=options.fc_damping,
+        )  # fmt: skip
+        directions = {}
+        for path, gradient in gradients.items():
+            g = gradient.astype(theta[path].dtype)
+            natural = precondition(g, new[path].q_phi, new[path].q_psi, theta[path], damping[path])
+            directions[path] = jnp.where(valid[path], natural, g).astype(gradient.dtype)
+        new = {path: layer._replace(damping=damping[path]) for path, layer in new.items()}
+
+        count = optax.safe_increment(state.count)
+        return (
+            scatter_matrices(updates, layers, directions),
+            ScaleByTekfacState(count, _next_due(count, new, options), new),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Captured(NamedTuple):
+    captures: tuple[Capture, ...]
+    scale: jax.Array
+    examples: jax.Array  # over all devices
+
+
+class _Batch(NamedTuple):
+    examples: jax.Array  # over all devices
+    to_mean: jax.Array  # what the gradient is multiplied by to be the mean over the examples
+
+
+class _Tools(NamedTuple):
+    """What the three refreshes of a layer have in common."""
+
+    spec: LayerSpec
+    member: Member
+    options: Options
+    count: jax.Array
+
+    def refresh(
+        self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
+    ) -> LayerState:
+        return lax.cond(due, function, lambda layer: layer, layer)
+
+    def at_interval(self, interval: int) -> jax.Array:
+        return self.count % interval == 0
+
+    def mean(self, contract: Any, captured: _Captured, layer: LayerState) -> Any:
+        """The mean over the examples of all devices of a contraction."""
+        total = _statistics.sum_over_examples(
+            contract, self.spec, captured.captures, captured.scale, layer.theta.dtype
+        )
+        if self.options.axis_name is not None:
+            total = lax.psum(total, self.options.axis_name)
+        return jax.tree.map(lambda x: x / captured.examples, total)
+
+
+def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
+    """Every T_FIM steps: δΦ and δΨ (Eq. 2.10), averaged (Eq. 3.7, 3.8)."""
+    member, options = tools.member, tools.options
+    if member.plain:
+        contract = _statistics.plain_factors
+    elif options.factors == "exact":
+        contract = _statistics.exact_factors
+    else:
+        contract = _statistics.location_factors
+
+    def average(layer: LayerState) -> LayerState:
+        new = tools.mean(contract, captured, layer)
+        ok = _is_finite(new)
+        beta = options.factor_decay
+        phi = _average(ok, beta, layer.phi, new.phi)
+        psi = _average(ok, beta, layer.psi, new.psi)
+        weight = _average(ok, beta, layer.factor_weight, 1.0)
+        delta = debiased(jnp.trace(phi), weight)
+        if member.plain:
+            delta = delta * debiased(jnp.trace(psi), weight)
+        return layer._replace(
+            phi=phi,
+            psi=psi,
+            factor_weight=weight,
+            delta=delta,
+            failures=layer.failures + jnp.int32(~ok),
+        )
+
+    due = tools.at_interval(options.factor_interval) | (layer.factor_weight == 0)
+    return tools.refresh(due, average, layer)
+
+
+def update_eigenbasis(tools: _Tools, layer: LayerState) -> LayerState:
+    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis."""
+
+    def decompose(layer: LayerState) -> LayerState:
+        q_phi, phi_ok = eigenvectors(layer.phi)
+        q_psi, psi_ok = eigenvectors(layer.psi)
+        ok = phi_ok & psi_ok
+        theta = transport(layer.theta, (layer.q_phi, layer.q_psi), (q_phi, q_psi))
+        return layer._replace(
+            q_phi=jnp.where(ok, q_phi, layer.q_phi),
+            q_psi=jnp.where(ok, q_psi, layer.q_psi),
+            theta=jnp.where(ok, theta, layer.theta),
+            basis_valid=layer.basis_valid | ok,
+            failures=layer.failures + jnp.int32(~ok),
+        )
+
+    # Never before statistics have come: the eigenvectors of zero are arbitrary.
+    due = tools.at_interval(tools.options.eigenbasis_interval) | ~layer.basis_valid
+    return tools.refresh(due & (layer.factor_weight > 0), decompose, layer)
+
+
+def update_rescaling(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
+    """Every T_RE steps: Θ in the basis in force (Eq. 3.2), averaged (Eq. 3.6)."""
+    options = tools.options
+    due = tools.at_interval(options.rescaling_interval) | (layer.theta_weight == 0)
+    if not tools.member.measured:
+        due |= tools.at_interval(options.eigenbasis_interval)
+        return tools.refresh(due & layer.basis_valid, _eigenvalue_product, layer)
+    if options.rescaling == "running":
+        return layer
+
+    def average(layer: LayerState) -> LayerState:
+        def contract(a: jax.Array, u: jax.Array) -> jax.Array:
+            return _statistics.rescaling(a, u, layer.q_phi, layer.q_psi)
+
+        return _average_theta(tools, layer, tools.mean(contract, captured, layer))
+
+    return tools.refresh(due & layer.basis_valid, average, layer)
+
+
+def update_running_rescaling(
+    tools: _Tools, layer: LayerState, gradient: jax.Array, batch: _Batch
+) -> LayerState:
+    """Every T_RE steps: Θ from the mini-batch gradient alone, N (Q_Φᵀ ḡ Q_Ψ)².
+
+    Needs no statistics, but its expectation is Θ + (N−1)μ², μ the rotated mean gradient.
+    """
+
+    def average(layer: LayerState) -> LayerState:
+        mean = gradient.astype(layer.theta.dtype) * batch.to_mean
+        rotated = rotate(mean, layer.q_phi, layer.q_psi)
+        return _average_theta(tools, layer, batch.examples * rotated**2)
+
+    due = tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
+    return tools.refresh(due & layer.basis_valid, average, layer)
+
+
+def _eigenvalue_product(layer: LayerState) -> LayerState:
+    """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
+    lambda_phi = eigenvalues_in(layer.phi, layer.q_phi)
+    lambda_psi = eigenvalues_in(layer.psi, layer.q_psi)
+    trace = jnp.trace(layer.phi) * jnp.trace(layer.psi)
+    product = jnp.outer(lambda_phi, lambda_psi) * (layer.delta / jnp.where(trace > 0, trace, 1))
+    return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
+
+
+def _average_theta(tools: _Tools, layer: LayerState, new: jax.Array) -> LayerState:
+    ok, beta = _is_finite(new), tools.options.rescaling_decay
+    return layer._replace(
+        theta=_average(ok, beta, layer.theta, new),
+        theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
+        failures=layer.failures + jnp.int32(~ok),
+    )
+
+
+def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:
+    """X ← βX + (1−β)X_new, or X where the new value cannot be used."""
+    beta = jnp.asarray(beta, old.dtype)
+    return jnp.where(ok, beta * old + (1 - beta) * new, old)
+
+
+def _is_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options) -> jax.Array:
+    intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
+    due = [count % interval == 0 for interval in intervals]
+    missing = [~layer.basis_valid | (layer.theta_weight == 0) for layer in layers.values()]
+    return jnp.any(jnp.stack([*due, *missing]))
+
+
+# --- what comes in ---------------------------------------------------------------------------
+
+
+def _read_batch(
+    stats: Statistics | None,
+    batch_size: int | jax.Array | None,
+    layers: Layers,
+    axis_name: Any,
+    *,
+    required: bool,
+) -> _Batch:
+    """How many examples there are, and how the gradient is scaled."""
+    if stats is None:
+        if batch_size is None and required:
+            raise ValueError(
+                'rescaling="running" needs the number of examples in the batch: pass stats=, or '
+                "batch_size= to update"
+            )
+        return _Batch(jnp.asarray(batch_size or 1), jnp.asarray(1.0))
+    captured = check_statistics(stats, layers)
+    local = jnp.asarray(captured if stats.examples is None else stats.examples)
+    local = local.astype(stats.scale.dtype)
+    total = local if axis_name is None else lax.psum(local, axis_name)
+    return _Batch(total, stats.scale / local)
+
+
+def check_statistics(stats: Any, layers: Layers) -> int:
+    """Raises if the statistics are not of these layers; returns how many examples were captured."""
+    if not isinstance(stats, Statistics):
+        raise ValueError(
+            f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
+        )
+    if set(stats.layers) != set(layers):
+        raise ValueError(
+            f"stats are of other layers than this transformation's: missing "
+            f"{sorted(set(layers) - set(stats.layers))}, unknown "
+            f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
+        )
+    sizes = {}
+    for path, spec in layers.items():
+        for capture in stats.layers[path]:
+            _check_capture(path, spec, capture)
+            sizes[path] = capture.u.shape[0]
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"statistics disagree on the batch size: {sizes}")
+    return next(iter(sizes.values()))
+
+
+def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
+    features = len(spec.bias_shape)
+    if capture.u.shape[-features:] != spec.bias_shape:
+        raise ValueError(
+            f"stats of layer {path!r} have outputs of shape {capture.u.shape[-features:]}, the "
+            f"layer has {spec.bias_shape}. They come from another model, or find_layers saw other "
+            "shapes: call find_layers again."
+        )
+    inputs = spec.kernel_shape[: spec.contracted]
+    if spec.kind == "conv":
+        seen: tuple[int, ...] = capture.a.shape[-1:]
+        inputs = inputs[-1:]
+    else:
+        seen = tuple(capture.a.shape[axis] for axis in spec.axes)
+    if seen != inputs or call_positions(spec, capture.u.shape) < 1:
+        raise ValueError(
+            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. They "
+            "come from another model, or find_layers saw other shapes: call find_layers again."
+        )
+
+
+# --- public factories ------------------------------------------------------------------------
+
+
+def scale_by_tekfac(
+    layers: Layers,
+    *,
+    factor_interval: Number = 50,
+    eigenbasis_interval: Number = 50,
+    rescaling_interval: Number = 50,
+    factor_decay: Number = 0.95,
+    rescaling_decay: Number = 0.95,
+    damping: Damping = "auto",
+    trace_floor: Number = 0.01,
+    damping_scale: Number = 1.0,
+    fc_damping: FcDamping = "beta",
+    factors: FactorKind = "exact",
+    rescaling: Rescaling = "exact",
+    axis_name: Any = None,
+    factor_dtype: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient by trace-restricted, eigenvalue-corrected Kronecker factors (TEKFAC).
+
+    Turns the gradient G of each captured layer into Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ
+    (Algorithm 1 and Eq. 3.9 of Gao et al., arXiv:2011.13609). `update` takes ``stats=`` from
+    `value_grad_and_stats` or `fisher_stats`; without, it preconditions with the curvature held.
+    Parameters outside `layers`, masked ones, and layers without valid curvature pass unchanged.
+    Gradients are expected to be averaged over devices already.
+
+    The whole family takes the same arguments, so that one can be swapped for another; what a
+    sibling has no use for (`rescaling` and `rescaling_decay` in KFAC and TKFAC, `factors` in
+    KFAC and EKFAC) has no effect there.
+
+    Args:
+        layers: from `find_layers`.
+        factor_interval: T_FIM, steps between updates of Φ and Ψ.
+        eigenbasis_interval: T_EIG, steps between eigendecompositions.
+        rescaling_interval: T_RE, steps between updates of Θ.
+        factor_decay: β of the average of Φ and Ψ, the weight of the old value, in [0, 1).
+        rescaling_decay: β of the average of Θ, in [0, 1).
+        damping: λ. ``"trace"``: max(tr Θ, ϑ) / dim Θ (Eq. 3.5); a positive number: fixed
+            (Eq. 3.4); ``"auto"``: trace damping in a network with conv layers, 1e-3 in another.
+        trace_floor: ϑ of Eq. 3.5, not negative.
+        damping_scale: multiplies each λ, positive.
+        fc_damping: ``"beta"``: under trace damping, Dense layers with one position in a network
+            with conv layers take the largest λ of these; ``"own"``: their own.
+        factors: ``"exact"``: E[G Gᵀ] and E[Gᵀ G]; ``"location"``: positions (of a convolution,
+            say) taken as uncorrelated.
+        rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
+            mini-batch gradient alone, which must be the mean over the batch; needs no
+            statistics but ``batch_size=`` at update, and is biased.
+        axis_name: name of the `pmap` or `shard_map` axis over which the batch is split.
+        factor_dtype: float32 or float64; None: the kernel's dtype, at least float32.
+
+    Returns:
+        `optax.GradientTransformationExtraArgs`. Under `jax.vmap` its conditionals compute both
+        branches.
+
+    Raises:
+        ValueError: an argument out of its range; at update: statistics or gradients that do not
+            belong to `layers`.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(jnp.sum((model.apply({"params": params}, x) - 1) ** 2, axis=-1))
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> tx = optax.chain(tekfac.scale_by_tekfac(layers), optax.scale(-1e-2))
+        >>> opt_state = tx.init(params)
+        >>> loss, grads, stats = tekfac.value_grad_and_stats(loss_fn, layers)(params, x)
+        >>> updates, opt_state = tx.update(grads, opt_state, params, stats=stats)
+        >>> bool(loss_fn(optax.apply_updates(params, updates), x) < loss)
+        True
+    """
+    options = Options(
+        factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
+        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, axis_name,
+        factor_dtype,
+    )  # fmt: skip
+    return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
+
+
+@same_arguments_as(scale_by_tekfac)
+def scale_by_tkfac(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient by trace-restricted Kronecker factors (TKFAC): Θ = δ λ_Φ⊗λ_Ψ.
+
+    Gao et al., arXiv:2011.10741; Eq. 2.8 to 2.10 of arXiv:2011.13609, with exact damping in the
+    eigenbasis. Arguments, errors and use: see `scale_by_tekfac`.
+    """
+    return _algorithm(
+        layers, Member(plain=False, measured=False), validate(layers, Options(**options))
+    )
+
+
+@same_arguments_as(scale_by_tekfac)
+def scale_by_ekfac(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient by eigenvalue-corrected Kronecker factors (EKFAC): Θ in KFAC's eigenbasis.
+
+    George et al. 2018; Eq. 2.7 of arXiv:2011.13609. Arguments, errors and use: see
+    `scale_by_tekfac`.
+    """
+    return _algorithm(
+        layers, Member(plain=True, measured=True), validate(layers, Options(**options))
+    )
+
+
+@same_arguments_as(scale_by_tekfac)
+def scale_by_kfac(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
+    """Natural gradient by Kronecker factors (KFAC): Θ = λ_A⊗λ_U.
+
+    Martens and Grosse 2015; Grosse and Martens 2016 for convolutions; Eq. 2.4 of
+    arXiv:2011.13609, with exact damping in the eigenbasis. Arguments, errors and use: see
+    `scale_by_tekfac`.
+    """
+    return _algorithm(
+        layers, Member(plain=True, measured=False), validate(layers, Options(**options))
+    )
