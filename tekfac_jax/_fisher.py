@@ -153,6 +153,7 @@ def fisher_stats(
     def wrapped(params: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any) -> Any:
         if estimator == "sampled" and key is None:
             raise ValueError('estimator="sampled" draws labels: pass key=jax.random.key(...)')
+        model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
         tapped = tapped_with(predict_fn, plan)
 
@@ -161,11 +162,11 @@ def fisher_stats(
 
         outputs, pull_back, *aux = jax.vjp(outputs_of, plan.slots(), has_aux=has_aux)
         if estimator == "sampled":
-            targets = likelihood.sample(key, outputs)
-            u = jax.grad(lambda s: jnp.sum(likelihood.neg_log_prob(s, targets)))(outputs)
+            targets = model.sample(key, outputs)
+            u = jax.grad(lambda s: jnp.sum(model.neg_log_prob(s, targets)))(outputs)
             (captures,) = pull_back(u / plan.batch_size)
         else:
-            root = likelihood.fisher_root(outputs).astype(outputs.dtype)
+            root = model.fisher_root(outputs).astype(outputs.dtype)
             (captures,) = jax.vmap(pull_back)(root / plan.batch_size)
             # Each column is one more set of examples; the sums are divided by N all the same.
             captures = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), captures)

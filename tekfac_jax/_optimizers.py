@@ -68,18 +68,19 @@ def clip_by_kl(
         return ClipByKlState(jnp.zeros((), jnp.int32), jnp.ones((), dtype), inner.init(params))
 
     def update(
-        updates: Any, state: ClipByKlState, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ClipByKlState]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         counted = _counted(directions, inner_state)
-        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        eta: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         products = jax.tree.map(_inner_product, counted, directions, updates)
         total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
         factor = kl_factor(total, eta, max_kl).astype(state.factor.dtype)
         clipped = jax.tree.map(
             lambda use, d: jnp.where(use, d * factor.astype(d.dtype), d), counted, directions
         )
-        return clipped, ClipByKlState(optax.safe_increment(state.count), factor, inner_state)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return clipped, ClipByKlState(count, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

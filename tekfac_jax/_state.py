@@ -33,7 +33,8 @@ class LayerState(NamedTuple):
 class ScaleByTekfacState(NamedTuple):
     """State of `scale_by_tekfac` and its siblings: arrays only."""
 
-    count: jax.Array  # () steps taken
+    # pyright: ignore is for NamedTuple's tuple.count, which nobody calls on a state.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # () steps taken
     due: jax.Array  # () whether the next step would use statistics
     layers: dict[str, LayerState]
 
@@ -41,7 +42,8 @@ class ScaleByTekfacState(NamedTuple):
 class ClipByKlState(NamedTuple):
     """State of `clip_by_kl`."""
 
-    count: jax.Array  # () steps taken
+    # pyright: ignore is for NamedTuple's tuple.count, which nobody calls on a state.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # () steps taken
     factor: jax.Array  # () what the last step was multiplied by
     inner_state: Any
 
@@ -76,11 +78,11 @@ def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
 
     def layer(spec: LayerSpec) -> LayerState:
         i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
-        shapes = LayerState(
+        shapes: dict[str, tuple[int, ...]] = dict(
             phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, i), q_psi=(o, o),
             basis_valid=(), theta=(i, o), theta_weight=(), damping=(), failures=(),
         )  # fmt: skip
-        state = LayerState(*(jnp.zeros(shape, dtype) for shape in shapes))
+        state = LayerState(**{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()})
         return state._replace(basis_valid=jnp.array(False), failures=jnp.zeros((), jnp.int32))
 
     return ScaleByTekfacState(

@@ -76,9 +76,10 @@ def trace_layers(
     owners: dict[int, str] = {}
 
     def traced(leaves: list[Any], arrays: list[Any]) -> Any:
-        arrays = iter(arrays)
+        remaining = iter(arrays)
         merged = [
-            next(arrays) if is_arr else leaf for leaf, is_arr in zip(others, is_array, strict=True)
+            next(remaining) if is_arr else leaf
+            for leaf, is_arr in zip(others, is_array, strict=True)
         ]
         args, kwargs = jax.tree.unflatten(others_treedef, merged)
         with nn.intercept_methods(_observer(calls, owners)):

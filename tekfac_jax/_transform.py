@@ -50,7 +50,7 @@ def _algorithm(
 
     def update(
         updates: Any,
-        state: ScaleByTekfacState,
+        state: Any,
         params: Any = None,
         *,
         stats: Statistics | None = None,
@@ -86,7 +86,7 @@ def _algorithm(
             directions[path] = jnp.where(valid[path], natural, g).astype(gradient.dtype)
         new = {path: layer._replace(damping=damping[path]) for path, layer in new.items()}
 
-        count = optax.safe_increment(state.count)
+        count = jnp.asarray(optax.safe_increment(state.count))
         return (
             scatter_matrices(updates, layers, directions),
             ScaleByTekfacState(count, _next_due(count, new, options), new),
@@ -112,7 +112,7 @@ class _Tools(NamedTuple):
     spec: LayerSpec
     member: Member
     options: Options
-    count: jax.Array
+    step: jax.Array
 
     def refresh(
         self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
@@ -120,7 +120,7 @@ class _Tools(NamedTuple):
         return lax.cond(due, function, lambda layer: layer, layer)
 
     def at_interval(self, interval: int) -> jax.Array:
-        return self.count % interval == 0
+        return self.step % interval == 0
 
     def mean(self, contract: Any, captured: _Captured, layer: LayerState) -> Any:
         """The mean over the examples of all devices of a contraction."""

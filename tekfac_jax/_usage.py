@@ -139,11 +139,11 @@ class _Reader:
 
     def combine(self, eqn: Any, operands: list[_Value]) -> _Value:
         name = eqn.primitive.name
-        owned = set().union(*self.open.values())
+        owned: set[int | None] = {None}.union(*self.open.values())
         if name in _COPIES and len(operands) == 1 and operands[0].leaf is not None:
             return operands[0]
-        foreign = [v.reads | ({v.leaf} - owned - {None}) for v in operands]
-        reads = frozenset().union(*foreign)
+        foreign = [v.reads if v.leaf in owned else v.reads | {v.leaf} for v in operands]
+        reads: frozenset[Any] = frozenset().union(*foreign)
         data = any(v.data for v in operands) or bool(self.open)
         if reads and data:
             tainted = [bool(r) or v.data for r, v in zip(foreign, operands, strict=True)]

@@ -37,9 +37,9 @@ class TrainState(train_state.TrainState):
         tx = self.tx
         takes_more = optax.with_extra_args_support(tx)
 
-        def update(grads: Any, opt_state: Any, params: Any = None) -> Any:
-            return takes_more.update(grads, opt_state, params, stats=stats)
+        def update(updates: Any, state: Any, params: Any = None) -> Any:
+            return takes_more.update(updates, state, params, stats=stats)
 
         informed = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        stepped = train_state.TrainState.apply_gradients(informed, grads=grads, **fields)
+        stepped: Any = train_state.TrainState.apply_gradients(informed, grads=grads, **fields)
         return stepped.replace(tx=tx)
