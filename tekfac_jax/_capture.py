@@ -133,7 +133,7 @@ def value_grad_and_stats(
         _check_scalar(plan.output, has_aux)
         grad_fn = jax.value_and_grad(tapped_with(loss_fn, plan), argnums=(0, 1), has_aux=has_aux)
         value, (grads, captures) = grad_fn(params, plan.slots(), *args, **kwargs)
-        dtype = jnp.promote_types(jnp.result_type(float), jnp.float32)
+        dtype = jnp.result_type(float)
         if isinstance(reduction, str):
             divisor: Any = plan.batch_size if reduction == "mean" else 1
         else:

@@ -170,7 +170,7 @@ def fisher_stats(
             (captures,) = jax.vmap(pull_back)(root / plan.batch_size)
             # Each column is one more set of examples; the sums are divided by N all the same.
             captures = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), captures)
-        dtype = jnp.promote_types(outputs.dtype, jnp.float32)
+        dtype = jnp.result_type(float)
         size = jnp.asarray(plan.batch_size, dtype)
         stats = Statistics(captures, scale=size, examples=size)
         return (aux[0], stats) if has_aux else stats

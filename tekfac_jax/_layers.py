@@ -102,7 +102,7 @@ class LayerSpec:
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state: Φ, Ψ, Q_Φ, Q_Ψ and Θ in at least float32."""
-        itemsize = jnp.promote_types(self.dtype, jnp.float32).itemsize
+        itemsize = at_least_float32(self.dtype).itemsize
         square = self.in_dim**2 + self.out_dim**2
         return itemsize * (2 * square + self.in_dim * self.out_dim)
 
@@ -147,6 +147,11 @@ class Layers(Mapping[str, LayerSpec]):
             lines += ["", "not covered:"]
             lines += [f"  {path}: {reason}" for path, reason in self.uncovered]
         return "\n".join(line.rstrip() for line in lines)
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """The dtype of curvature for parameters of `dtype`: half precision is not enough."""
+    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
 def replace(spec: LayerSpec, **changes: Any) -> LayerSpec:

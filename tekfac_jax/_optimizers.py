@@ -86,7 +86,7 @@ def clip_by_kl(
 
 
 def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) -> jax.Array:
-    dtype = jnp.promote_types(direction.dtype, jnp.float32)
+    dtype = jnp.result_type(float)
     product = jnp.sum(direction.astype(dtype) * gradient.astype(dtype))
     return jnp.where(use, product, 0)
 

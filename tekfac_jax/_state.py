@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._eigenbasis import eigenvalues_in
-from tekfac_jax._layers import Layers, LayerSpec
+from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
 
 
 class LayerState(NamedTuple):
@@ -70,7 +70,7 @@ class Curvature(NamedTuple):
 
 def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
     """At least float32: factors in half precision lose their small eigenvalues."""
-    return jnp.promote_types(spec.dtype, jnp.float32) if factor_dtype is None else factor_dtype
+    return at_least_float32(spec.dtype) if factor_dtype is None else factor_dtype
 
 
 def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
@@ -118,7 +118,7 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
 
     Example:
         >>> import optax, tekfac_jax as tekfac
-        >>> from tekfac_jax._layers import Layers, LayerSpec
+        >>> from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
         >>> layers = Layers((LayerSpec(path="d", kind="dense", kernel_shape=(2, 3), contracted=1,
         ...                            use_bias=True, dtype="float32", axes=(-1,)),))
         >>> opt_state = optax.chain(tekfac.scale_by_tekfac(layers), optax.scale(-1.0)).init({})

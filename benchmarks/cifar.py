@@ -1,0 +1,239 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from disk, as uint8.
+
+Two layouts are read: the official python archives, unpacked or not, and a packed one, a pair of
+`.npz` files that each hold half of the images as lossless WebP.
+"""
+
+import io
+import sys
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from benchmarks.errors import DataError, check_subset
+from benchmarks.unpickle import safe_loads
+
+_SIZE = 32
+_DOWNLOAD = "https://www.cs.toronto.edu/~kriz/cifar.html"
+# What reading a truncated or foreign file can raise.
+_DAMAGE = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zipfile.BadZipFile,
+           zlib.error)  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """What tells the two data sets apart."""
+
+    title: str
+    num_classes: int
+    folder: str  # of the official archive
+    archive: str
+    train_files: tuple[str, ...]
+    test_file: str
+    labels_key: str
+    packs: tuple[str, str]
+    mean: tuple[float, float, float]  # of the training set per channel, pixels in 0..1
+    std: tuple[float, float, float]
+
+    @property
+    def files(self) -> str:
+        """What may be in the directory, in words."""
+        return f"{self.folder}, {self.archive}, or {' and '.join(self.packs)} ({_DOWNLOAD})"
+
+
+VARIANTS = {
+    "cifar10": Variant(
+        "CIFAR-10", 10, "cifar-10-batches-py", "cifar-10-python.tar.gz",
+        tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "labels",
+        ("cifar10_a.npz", "cifar10_b.npz"),
+        (0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159),
+    ),
+    "cifar100": Variant(
+        "CIFAR-100", 100, "cifar-100-python", "cifar-100-python.tar.gz",
+        ("train",), "test", "fine_labels",
+        ("cifar100_a.npz", "cifar100_b.npz"),
+        (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615),
+    ),
+}  # fmt: skip
+
+
+class Split(NamedTuple):
+    """Images (N, 32, 32, 3) and labels (N,), both uint8."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+
+
+class RawCifar(NamedTuple):
+    """Training and test set as they are on disk."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.uint8]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.uint8]
+
+
+def read_cifar(variant: Variant, directory: Path, subset: int | None) -> RawCifar:
+    """Reads whichever layout `directory` holds; errors as in `load_dataset`."""
+    if not directory.is_dir():
+        raise DataError(
+            f"{directory} is no directory: pass with --data the one that holds {variant.files}"
+        )
+    names = (*variant.train_files, variant.test_file)
+    if (directory / variant.folder).is_dir():
+        contents = _read_folder(directory / variant.folder, names)
+    elif (directory / variant.archive).is_file():
+        contents = _read_archive(directory / variant.archive, variant.folder, names)
+    else:
+        packs = [directory / name for name in variant.packs if (directory / name).is_file()]
+        if not packs:
+            raise DataError(f"no {variant.title} in {directory}: it must hold {variant.files}")
+        return _from_packs(variant, packs, directory, subset)
+    return _from_batches(variant, contents, directory, subset)
+
+
+# --- the official python archives ------------------------------------------------------------
+
+
+def _read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
+    try:
+        return {str(folder / name): (folder / name).read_bytes() for name in names}
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename} ({error.strerror}): unpack the archive again"
+        ) from error
+
+
+def _read_archive(path: Path, folder: str, names: tuple[str, ...]) -> dict[str, bytes]:
+    wanted = {f"{folder}/{name}" for name in names}
+    contents = {}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            # One pass in the order of the file: going back would unpack it from the start.
+            for member in archive:
+                file = archive.extractfile(member) if member.name in wanted else None
+                if file is not None:
+                    contents[member.name] = file.read()
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+    if missing := sorted(wanted - set(contents)):
+        raise DataError(f"{path} lacks {missing[0]}: download it again from {_DOWNLOAD}")
+    return {f"{path}/{folder}/{name}": contents[f"{folder}/{name}"] for name in names}
+
+
+def _from_batches(
+    variant: Variant, contents: dict[str, bytes], directory: Path, subset: int | None
+) -> RawCifar:
+    *train, test = [_parse_batch(variant, *item) for item in contents.items()]
+    images = np.concatenate([split.images for split in train])
+    labels = np.concatenate([split.labels for split in train])
+    check_subset(subset, len(images), f"{variant.title} in {directory}")
+    order = np.random.default_rng(0).permutation(len(images))[:subset]
+    return RawCifar(images[order], labels[order], *test)
+
+
+def _parse_batch(variant: Variant, where: str, content: bytes) -> Split:
+    try:
+        batch = safe_loads(content)
+        batch = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
+        images = batch["data"].reshape(-1, 3, _SIZE, _SIZE).transpose(0, 2, 3, 1)
+        labels = np.asarray(batch[variant.labels_key], np.int64)
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"{len(images)} images, labels of shape {labels.shape}")
+    # A damaged pickle is a random program for the unpickler: it can raise nearly anything.
+    except Exception as error:
+        raise _damaged(where, error) from error
+    return Split(images, _checked_labels(variant, labels, where))
+
+
+# --- the packed pair ---------------------------------------------------------------------------
+
+
+def _from_packs(
+    variant: Variant, paths: list[Path], directory: Path, subset: int | None
+) -> RawCifar:
+    if len(paths) < len(variant.packs):
+        print(
+            f"notice: of {' and '.join(variant.packs)} only {paths[0].name} is in {directory}: "
+            f"going on with this half of {variant.title}",
+            file=sys.stderr,
+        )
+    packs = [_read_pack(variant, path) for path in paths]
+    available = sum(len(pack["train_labels"]) for pack in packs)
+    check_subset(subset, available, f"{variant.title} in {directory}")
+    left = available if subset is None else subset
+    train, test = [], []
+    for path, pack in zip(paths, packs, strict=True):
+        train.append(_decode(path, pack, "train", left))
+        left -= len(train[-1].labels)
+        test.append(_decode(path, pack, "test", len(pack["test_labels"])))
+    columns = [*zip(*train, strict=True), *zip(*test, strict=True)]
+    return RawCifar(*map(np.concatenate, columns))
+
+
+def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
+    try:
+        # Opened here, since numpy leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            pack = {key: file[key] for key in file.files}
+        num_classes = len(pack["class_names"])
+        for split in ("train", "test"):
+            offsets, labels = pack[f"{split}_offsets"], pack[f"{split}_labels"]
+            if offsets.shape != (len(labels) + 1,) or offsets.dtype != np.int64:
+                raise ValueError(f"{split}_offsets do not match {len(labels)} {split}_labels")
+            if np.any(np.diff(offsets) < 0) or offsets[0] < 0:
+                raise ValueError(f"{split}_offsets do not ascend")
+            if pack[f"{split}_bytes"].dtype != np.uint8:
+                raise ValueError(f"{split}_bytes are no bytes")
+            if offsets[-1] > len(pack[f"{split}_bytes"]):
+                raise ValueError(f"{split}_bytes end before the last image")
+    except (*_DAMAGE, AttributeError, TypeError, IndexError) as error:
+        raise _damaged(path, error) from error
+    if num_classes != variant.num_classes:
+        raise DataError(
+            f"{path} has {num_classes} classes where {variant.title} has {variant.num_classes}: "
+            "put the right file there"
+        )
+    for key in ("train_labels", "test_labels"):
+        pack[key] = _checked_labels(variant, pack[key], str(path))
+    return pack
+
+
+def _decode(path: Path, pack: dict[str, NDArray], split: str, count: int) -> Split:
+    labels = pack[f"{split}_labels"][:count]
+    content, offsets = pack[f"{split}_bytes"], pack[f"{split}_offsets"]
+    images = np.empty((len(labels), _SIZE, _SIZE, 3), np.uint8)
+    for i in range(len(labels)):
+        encoded = content[offsets[i] : offsets[i + 1]].tobytes()
+        try:
+            with Image.open(io.BytesIO(encoded), formats=["WEBP"]) as image:
+                if image.size != (_SIZE, _SIZE) or image.mode != "RGB":
+                    raise ValueError(f"{split} image {i} is {image.size}, {image.mode}")
+                images[i] = np.asarray(image)
+        except _DAMAGE as error:
+            raise _damaged(path, error) from error
+    return Split(images, labels)
+
+
+# --- checks --------------------------------------------------------------------------------------
+
+
+def _checked_labels(variant: Variant, labels: NDArray, where: str) -> NDArray[np.uint8]:
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
+        raise _damaged(where, f"labels of shape {labels.shape} and type {labels.dtype}")
+    if labels.min() < 0 or labels.max() >= variant.num_classes:
+        raise DataError(
+            f"{where} has labels from {labels.min()} to {labels.max()} where {variant.title} has "
+            f"{variant.num_classes} classes: put the right file there"
+        )
+    return labels.astype(np.uint8)
+
+
+def _damaged(where: Path | str, why: object) -> DataError:
+    reason = " ".join(str(why).split()) or type(why).__name__
+    return DataError(f"{where} is damaged or no CIFAR file ({reason}): fetch it again")

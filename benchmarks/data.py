@@ -1,0 +1,83 @@
+"""Data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from benchmarks.cifar import VARIANTS, read_cifar
+from benchmarks.errors import DataError, check_subset
+
+__all__ = ["DATASETS", "DataError", "Dataset", "load_dataset"]
+
+DATASETS = ("digits", *VARIANTS)
+_DIGITS_TEST = 360  # a fifth of the 1797 images
+
+
+class Dataset(NamedTuple):
+    """Images, standardised with mean and deviation of the whole training set, and labels."""
+
+    name: str
+    train_images: NDArray[np.float32]  # (N, height, width, channels)
+    train_labels: NDArray[np.int32]  # (N,)
+    test_images: NDArray[np.float32]
+    test_labels: NDArray[np.int32]
+    num_classes: int
+
+
+def load_dataset(name: str, data: Path | str | None = None, subset: int | None = None) -> Dataset:
+    """Reads a data set.
+
+    Args:
+        name: one of `DATASETS`.
+        data: directory that holds CIFAR; digits come with scikit-learn and need none.
+        subset: keep only that many training images. The order is shuffled once and for all, so
+            that a subset is a fair sample, and a smaller one is part of a larger one.
+
+    Returns:
+        `Dataset`.
+
+    Raises:
+        DataError: unknown name, no such file, a damaged file, other classes than expected, or
+            `subset` larger than the training set.
+    """
+    if name == "digits":
+        return _digits(subset)
+    if name not in VARIANTS:
+        raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
+    variant = VARIANTS[name]
+    if data is None:
+        raise DataError(
+            f"{name} is read from a directory: pass with --data the one that holds {variant.files}"
+        )
+    raw = read_cifar(variant, Path(data), subset)
+    return Dataset(
+        name,
+        _standardise(raw.train_images / np.float32(255), variant.mean, variant.std),
+        raw.train_labels.astype(np.int32),
+        _standardise(raw.test_images / np.float32(255), variant.mean, variant.std),
+        raw.test_labels.astype(np.int32),
+        variant.num_classes,
+    )
+
+
+def _digits(subset: int | None) -> Dataset:
+    features, targets = load_digits(return_X_y=True)
+    images = np.asarray(features, np.float32).reshape(-1, 8, 8, 1) / 16
+    labels = np.asarray(targets, np.int32)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=_DIGITS_TEST, stratify=labels, random_state=0
+    )
+    check_subset(subset, len(train), "digits")
+    mean, std = images[train].mean(), images[train].std()
+    images = _standardise(images, mean, std)
+    kept = train[:subset]
+    return Dataset("digits", images[kept], labels[kept], images[test], labels[test], 10)
+
+
+def _standardise(pixels: NDArray, mean: ArrayLike, std: ArrayLike) -> NDArray[np.float32]:
+    """Pixels in 0..1 to mean 0 and deviation 1."""
+    return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

@@ -1,0 +1,233 @@
+"""Training: one compiled step for each optimizer, timed without its compilation."""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import tekfac_jax
+from benchmarks.data import Dataset
+from benchmarks.errors import UsageError
+from benchmarks.optimizers import RECIPES, Curvature, make_optimizer, set_learning_rate
+
+_EVALUATION_BATCH = 500
+
+
+class TrainState(tekfac_jax.TrainState):
+    """The library's train state, and the running averages of BatchNorm (empty without)."""
+
+    batch_stats: Any
+
+
+class Epoch(NamedTuple):
+    """What is recorded after an epoch."""
+
+    epoch: int
+    train_loss: float  # mean of the steps' losses
+    test_accuracy: float | None  # None in the search, which never sees the test set
+    seconds: float  # since the start of the run, without evaluation
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run."""
+
+    optimizer: str
+    learning_rate: float
+    seed: int
+    epochs: list[Epoch]
+    train_loss: float  # of the trained network on the training set, in evaluation mode
+    step_seconds: list[float]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss left the numbers."""
+        return not math.isfinite(self.train_loss)
+
+    @property
+    def median_step_ms(self) -> float:
+        """Time of an ordinary step: most do not refresh the curvature."""
+        return 1e3 * statistics.median(self.step_seconds)
+
+    @property
+    def mean_step_ms(self) -> float:
+        """Time of a step with its share of the refreshes."""
+        return 1e3 * statistics.fmean(self.step_seconds)
+
+    def epochs_to(self, accuracy: float) -> int | None:
+        """The first epoch after which the test accuracy was reached."""
+        reached = [e.epoch for e in self.epochs if (e.test_accuracy or 0) >= accuracy]
+        return reached[0] if reached else None
+
+
+class Task:
+    """A network and its data: what all optimizers have in common."""
+
+    def __init__(self, dataset: Dataset, model: nn.Module, batch_size: int):
+        if batch_size > len(dataset.train_labels):
+            raise UsageError(
+                f"a batch of {batch_size} is more than the {len(dataset.train_labels)} training "
+                f"images: choose a smaller --batch-size or a larger --subset"
+            )
+        self.dataset, self.model, self.batch_size = dataset, model, batch_size
+        self.steps_per_epoch = len(dataset.train_labels) // batch_size
+        self._init = jax.jit(functools.partial(model.init, train=False))
+        self._evaluate_batch = jax.jit(self._sums)
+        shapes, _ = jax.eval_shape(self.initial_variables, 0)
+        self.num_parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+    def initial_variables(self, seed: int) -> tuple[Any, Any]:
+        """Parameters and BatchNorm averages; a new copy each time, since steps donate theirs."""
+        variables = self._init(jax.random.key(seed), self.dataset.train_images[:1])
+        return variables["params"], variables.get("batch_stats", {})
+
+    def loss(self, params: Any, batch_stats: Any, images: Any, labels: Any) -> tuple[Any, Any]:
+        """Mean cross-entropy in training mode, and the new BatchNorm averages."""
+        logits, updated = self.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            images, train=True, mutable=["batch_stats"],
+        )  # fmt: skip
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), updated.get("batch_stats", {})
+
+    def batches(self, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The batches of an epoch, the same for every optimizer.
+
+        A new permutation each time. What does not fill a batch is left out: another shape would
+        be another compilation, and the next epoch leaves out other images.
+        """
+        data = self.dataset
+        order = np.random.default_rng([seed, epoch]).permutation(len(data.train_labels))
+        for step in range(self.steps_per_epoch):
+            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
+            yield data.train_images[chosen], data.train_labels[chosen]
+
+    def evaluate(self, state: TrainState, split: str) -> tuple[float, float]:
+        """Mean loss and accuracy in evaluation mode; `split` is "train" or "test"."""
+        images = getattr(self.dataset, f"{split}_images")
+        labels = getattr(self.dataset, f"{split}_labels")
+        sums = np.zeros(2)
+        for start in range(0, len(labels), _EVALUATION_BATCH):
+            chunk = slice(start, start + _EVALUATION_BATCH)
+            padded = _pad(images[chunk], 0), _pad(labels[chunk], -1)
+            sums += jax.device_get(self._evaluate_batch(state.params, state.batch_stats, *padded))
+        loss, accuracy = sums / len(labels)
+        return float(loss), float(accuracy)
+
+    def _sums(self, params: Any, batch_stats: Any, images: Any, labels: Any) -> jax.Array:
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits: Any = self.model.apply(variables, images, train=False)
+        counted = labels >= 0
+        # The label of padding, -1, picks some logit: its loss is masked like the rest of it.
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+        correct = logits.argmax(axis=-1) == labels
+        return jnp.stack([jnp.sum(losses, where=counted), jnp.sum(correct).astype(losses.dtype)])
+
+
+def _pad(array: np.ndarray, value: int) -> np.ndarray:
+    """To the size of an evaluation batch, so that the last one needs no compilation of its own."""
+    missing = _EVALUATION_BATCH - len(array)
+    padding = ((0, missing),) + ((0, 0),) * (array.ndim - 1)
+    return np.pad(array, padding, constant_values=value)
+
+
+class Trainer:
+    """An optimizer on a task: its step, compiled once for every learning rate and seed."""
+
+    def __init__(self, task: Task, optimizer: str, curvature: Curvature):
+        self.task, self.optimizer = task, optimizer
+        batch = next(task.batches(seed=0, epoch=0))
+        params, batch_stats = task.initial_variables(seed=0)
+        self.layers = None
+        if RECIPES[optimizer].second_order:
+            self.layers = tekfac_jax.find_layers(task.loss, params, batch_stats, *batch)
+        self._tx = make_optimizer(optimizer, self.layers, curvature)
+
+        started = time.perf_counter()
+        step = jax.jit(self._step, donate_argnums=0)
+        self._compiled = step.lower(self._initial_state(0), *batch, jnp.float32(0)).compile()
+        self.compile_seconds = time.perf_counter() - started
+
+    def _initial_state(self, seed: int) -> TrainState:
+        params, batch_stats = self.task.initial_variables(seed)
+        state = TrainState.create(
+            apply_fn=self.task.model.apply, params=params, tx=self._tx, batch_stats=batch_stats
+        )
+        # Flax starts with a Python number, which is another type than what a step returns.
+        return state.replace(step=jnp.zeros((), jnp.int32))
+
+    def _step(
+        self, state: TrainState, images: Any, labels: Any, learning_rate: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        state = state.replace(opt_state=set_learning_rate(state.opt_state, learning_rate))
+        arguments = (state.params, state.batch_stats, images, labels)
+        if self.layers is None:
+            stats = None
+            (loss, batch_stats), grads = jax.value_and_grad(self.task.loss, has_aux=True)(
+                *arguments
+            )
+        else:
+            (loss, batch_stats), grads, stats = tekfac_jax.value_grad_and_stats(
+                self.task.loss, self.layers, has_aux=True
+            )(*arguments)
+        new: Any = state.apply_gradients(grads=grads, stats=stats, batch_stats=batch_stats)
+        return new, loss
+
+    def train(
+        self,
+        learning_rate: float,
+        *,
+        epochs: int,
+        seed: int,
+        test: bool = True,
+        on_epoch: Callable[[], None] = lambda: None,
+    ) -> Run:
+        """Trains from new parameters; the learning rate falls to zero along half a cosine.
+
+        Args:
+            learning_rate: of the first step.
+            epochs: length of the run.
+            seed: of the parameters and of the order of the data.
+            test: whether to measure the test accuracy after each epoch.
+            on_epoch: called after each epoch.
+
+        Returns:
+            `Run`; one whose loss is no longer finite ends there, with an infinite loss.
+        """
+        task, state = self.task, self._initial_state(seed)
+        steps = epochs * task.steps_per_epoch
+        run = Run(self.optimizer, learning_rate, seed, [], math.inf, [])
+        for epoch in range(1, epochs + 1):
+            losses = []
+            batches = task.batches(seed, epoch)
+            for _ in range(task.steps_per_epoch):
+                started = time.perf_counter()
+                rate = cosine(learning_rate, len(run.step_seconds) / steps)
+                state, loss = self._compiled(state, *next(batches), jnp.float32(rate))
+                jax.block_until_ready((state, loss))
+                run.step_seconds.append(time.perf_counter() - started)
+                losses.append(float(loss))
+            on_epoch()
+            if not math.isfinite(sum(losses)):
+                return run
+            accuracy = task.evaluate(state, "test")[1] if test else None
+            run.epochs.append(
+                Epoch(epoch, statistics.fmean(losses), accuracy, sum(run.step_seconds))
+            )
+        loss, _ = task.evaluate(state, "train")
+        run.train_loss = loss if math.isfinite(loss) else math.inf
+        return run
+
+
+def cosine(learning_rate: float, progress: float) -> float:
+    """The learning rate when a part of the run, from 0 to 1, is behind."""
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,185 @@
+"""The command line of `benchmarks.train`, checked before anything is computed."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from benchmarks.data import DATASETS
+from benchmarks.errors import DataError, UsageError, check_choice
+from benchmarks.models import MODELS
+from benchmarks.optimizers import OPTIMIZERS, Curvature, library_interval
+
+
+class Defaults(NamedTuple):
+    """What an option is where it is left out, by data set."""
+
+    model: str
+    epochs: int
+    batch_size: int
+    search_epochs: int
+    target: float
+    seeds: int
+    interval: int | None  # None: the library's
+
+
+DEFAULTS = {
+    "digits": Defaults("cnn", 20, 64, 4, 97.0, 5, 10),
+    "cifar10": Defaults("resnet20", 20, 128, 2, 90.0, 1, None),
+    "cifar100": Defaults("resnet20", 20, 128, 2, 60.0, 1, None),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the whole usage before it."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option with its meaning."""
+    parser = _Parser(
+        prog="python -m benchmarks.train",
+        description=(
+            "Trains the same network with several optimizers, from the same parameters and with "
+            "the same order of the data, each at a learning rate found by a small search. Prints "
+            "a table; writes curves.png and results.json. All learning rates fall to zero along "
+            "half a cosine. There is no data augmentation and no weight decay."
+        ),
+    )
+    whole = _number(int, 1, math.inf)
+    add = parser.add_argument
+    add("--dataset", default="digits", help=f"{', '.join(DATASETS)} (default: digits)")
+    add("--data", type=Path, metavar="DIR", help="directory with CIFAR: the python archives, or "
+        "the packed .npz pair")  # fmt: skip
+    add("--subset", type=whole, metavar="N", help="only N training images")
+    add("--model", help=f"{', '.join(MODELS)} (default: cnn for digits, else resnet20)")
+    add("--width", type=whole, help="channels of the first convolution (default: 16; vgg16: 64)")
+    add("--affine", action=argparse.BooleanOptionalAction, default=True,
+        help="whether BatchNorm has a scale and a bias")  # fmt: skip
+    add("--optimizers", default="tekfac,sgd,adam", metavar="LIST",
+        help=f"comma-separated, of {', '.join(OPTIMIZERS)} (default: tekfac,sgd,adam)")  # fmt: skip
+    add("--epochs", type=whole, help="length of a run (default: 20)")
+    add("--batch-size", type=whole, help="default: 64 for digits, else 128")
+    add("--seeds", type=whole, metavar="N",
+        help="runs of each optimizer, seeded 0 to N-1 (default: 5 for digits, else 1)")  # fmt: skip
+    add("--learning-rates", metavar="RATES",
+        help="one number for all, or such as tekfac=0.01,sgd=0.1: no search for these")  # fmt: skip
+    add("--search-epochs", type=whole,
+        help="length of a run of the search (default: 4 for digits, else 2)")  # fmt: skip
+    add("--target", type=_number(float, 0, 100), metavar="PERCENT",
+        help="test accuracy whose first epoch is reported (default: 97 for digits, 90 for "
+        "cifar10, 60 for cifar100)")  # fmt: skip
+    for name, what in (
+        ("factor", "updates of the Kronecker factors"),
+        ("eigenbasis", "eigendecompositions"),
+        ("rescaling", "updates of the eigenvalues"),
+    ):
+        add(f"--{name}-interval", type=whole, metavar="STEPS",
+            help=f"steps between {what} (default: 10 for digits, where an epoch has only about "
+            f"20 steps; else the library's {library_interval(f'{name}_interval')})")  # fmt: skip
+    add("--damping", type=_damping, default="auto", help="auto, trace or a number (default: auto)")
+    add("--out", type=Path, default=Path("out"), metavar="DIR",
+        help="where curves.png and results.json go (default: out)")  # fmt: skip
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Options with every default filled in.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        Namespace; `optimizers` is a tuple, `learning_rates` a dict, and the curvature settings
+        are together in `curvature`.
+
+    Raises:
+        DataError: unknown data set.
+        UsageError: an option out of its range.
+        SystemExit: with code 2, an option that is unknown or no number.
+    """
+    options = build_parser().parse_args(argv)
+    if options.dataset not in DATASETS:
+        raise DataError(f"unknown dataset {options.dataset!r}: choose from {', '.join(DATASETS)}")
+    defaults = DEFAULTS[options.dataset]
+    for name in ("model", "epochs", "batch_size", "search_epochs", "target", "seeds"):
+        if getattr(options, name) is None:
+            setattr(options, name, getattr(defaults, name))
+    check_choice("model", options.model, MODELS)
+    options.optimizers = _optimizers(options.optimizers)
+    options.learning_rates = _learning_rates(options.learning_rates, options.optimizers)
+    intervals = {}
+    for name in ("factor_interval", "eigenbasis_interval", "rescaling_interval"):
+        given = vars(options).pop(name)
+        intervals[name] = given or defaults.interval or library_interval(name)
+    options.curvature = Curvature(**intervals, damping=vars(options).pop("damping"))
+    return options
+
+
+def exit_with(error: Exception) -> NoReturn:
+    """Prints the error as one sentence and ends with code 2."""
+    print(f"python -m benchmarks.train: {error}", file=sys.stderr)
+    raise SystemExit(2) from error
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "a whole number" if kind is int else "a number"
+            limits = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"must be {what} {limits}, got {text!r}")
+        return value
+
+    return convert
+
+
+def _positive(text: str) -> float:
+    """A positive number, or NaN."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if 0 < value < math.inf else math.nan
+
+
+def _damping(text: str) -> str | float:
+    if text in ("auto", "trace"):
+        return text
+    value = _positive(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"must be auto, trace or a positive number, got {text!r}")
+    return value
+
+
+def _optimizers(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        check_choice("optimizer", name, OPTIMIZERS)
+    if len(set(names)) < len(names):
+        raise UsageError(f"--optimizers {text} names one of them twice: name each once")
+    return names
+
+
+def _learning_rates(text: str | None, optimizers: tuple[str, ...]) -> dict[str, float]:
+    if text is None:
+        return {}
+    pairs = [item.rpartition("=") for item in text.split(",")]
+    if len(pairs) == 1 and not pairs[0][1]:
+        rates = dict.fromkeys(optimizers, _positive(text))
+    else:
+        rates = {name.strip(): _positive(rate) for name, _, rate in pairs}
+    for name in rates:
+        check_choice("optimizer in --learning-rates", name, optimizers)
+    if len(rates) < len(pairs) or any(map(math.isnan, rates.values())):
+        raise UsageError(
+            f"--learning-rates must be one positive number, or such as {optimizers[0]}=0.1, once "
+            f"for each optimizer, got {text!r}"
+        )
+    return rates

@@ -1,0 +1,188 @@
+"""What is left of a run: a table, the curves, and a JSON file with everything."""
+
+import json
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.loop import Run
+from benchmarks.search import Search
+
+_PACKAGES = ("tekfac_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
+
+
+class Result(NamedTuple):
+    """An optimizer's runs, one for each seed."""
+
+    optimizer: str
+    learning_rate: float
+    search: Search | None
+    compile_seconds: float
+    runs: list[Run]
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+def show_table(console: Console, results: Sequence[Result], target: float) -> None:
+    """Prints the final comparison; without frames where the output is no terminal."""
+    header = [
+        "optimizer", "learning rate", "train loss", "test accuracy %", f"epochs to {target:g} %",
+        "seconds", "median ms/step", "mean ms/step", "compile s",
+    ]  # fmt: skip
+    rows = [_row(result, target / 100) for result in results]
+    if console.is_terminal:
+        table = Table()
+        for i, title in enumerate(header):
+            table.add_column(title, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        first, *others = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        print("  ".join([first, *(c.strip().rjust(len(c)) for c in others)]))
+
+
+def _row(result: Result, accuracy: float) -> list[str]:
+    runs = result.runs
+    reached = [run.epochs_to(accuracy) for run in runs]
+    return [
+        result.optimizer,
+        f"{result.learning_rate:g}",
+        _mean_and_spread([run.train_loss for run in runs], "{:.1e}"),
+        _mean_and_spread([100 * _final_accuracy(run) for run in runs], "{:.2f}"),
+        _mean_and_spread([math.nan if e is None else e for e in reached], "{:.1f}"),
+        _mean_and_spread([sum(run.step_seconds) for run in runs], "{:.2f}"),
+        f"{statistics.median(run.median_step_ms for run in runs):.2f}",
+        f"{statistics.fmean(run.mean_step_ms for run in runs):.2f}",
+        f"{result.compile_seconds:.1f}",
+    ]
+
+
+def _final_accuracy(run: Run) -> float:
+    """Of a run that diverged: none."""
+    if run.diverged or run.epochs[-1].test_accuracy is None:
+        return math.nan
+    return run.epochs[-1].test_accuracy
+
+
+def _mean_and_spread(values: Sequence[float], form: str) -> str:
+    """Mean ± standard deviation; a dash where not every seed got there."""
+    if not all(math.isfinite(value) for value in values):
+        missing = sum(not math.isfinite(value) for value in values)
+        return "-" if missing == len(values) else f"- ({missing} of {len(values)} not)"
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+
+
+# --- the curves ----------------------------------------------------------------------------------
+
+
+def save_curves(path: Path, results: Sequence[Result], title: str) -> None:
+    """Draws loss and accuracy against epochs and seconds: mean of the seeds, and their range."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    quantities: list[tuple[str, Callable[[Any], float]]] = [
+        ("training loss", lambda epoch: epoch.train_loss),
+        ("test accuracy in %", lambda epoch: 100 * epoch.test_accuracy),
+    ]
+    for row, (label, quantity) in zip(axes, quantities, strict=True):
+        for axis, abscissa in zip(row, ("epoch", "seconds"), strict=True):
+            for result in results:
+                _draw(axis, result, abscissa, quantity)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(label)
+    axes[0, 0].set_yscale("log")
+    axes[1, 0].set_xlabel("epoch")
+    axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[1, 1].set_xlabel("seconds of training, compilation excluded")
+    axes[1, 0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+
+
+def _draw(axis: Axes, result: Result, abscissa: str, quantity: Callable[[Any], float]) -> None:
+    runs = [run for run in result.runs if not run.diverged]
+    if not runs:
+        axis.plot([], [], label=f"{result.optimizer} (diverged)")
+        return
+    x = np.mean([[getattr(e, abscissa) for e in run.epochs] for run in runs], axis=0)
+    y = np.array([[quantity(e) for e in run.epochs] for run in runs])
+    (line,) = axis.plot(x, y.mean(axis=0), label=f"{result.optimizer}, {result.learning_rate:g}")
+    if len(runs) > 1:
+        axis.fill_between(
+            x, y.min(axis=0), y.max(axis=0), color=line.get_color(), alpha=0.2, linewidth=0
+        )
+
+
+# --- the file ------------------------------------------------------------------------------------
+
+
+def save_json(path: Path, results: Sequence[Result], settings: dict[str, Any]) -> None:
+    """Writes settings, versions, hardware and every record."""
+    content = {
+        "settings": settings,
+        "versions": {
+            "python": platform.python_version(),
+            **{package: version(package) for package in _PACKAGES},
+        },
+        "hardware": {
+            "platform": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "devices": [device.device_kind for device in jax.devices()],
+        },
+        "results": [_as_dict(result) for result in results],
+    }
+    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def _as_dict(result: Result) -> dict[str, Any]:
+    return {
+        "optimizer": result.optimizer,
+        "learning_rate": result.learning_rate,
+        "search": result.search and _search_as_dict(result.search),
+        "compile_seconds": result.compile_seconds,
+        "runs": [
+            {
+                "seed": run.seed,
+                "diverged": run.diverged,
+                "train_loss": run.train_loss,
+                "median_step_ms": run.median_step_ms,
+                "mean_step_ms": run.mean_step_ms,
+                "epochs": [epoch._asdict() for epoch in run.epochs],
+            }
+            for run in result.runs
+        ],
+    }
+
+
+def _search_as_dict(search: Search) -> dict[str, Any]:
+    trials = [{"learning_rate": rate, "train_loss": x} for rate, x in search.losses.items()]
+    return {"trials": trials, "best": search.best, "best_at_edge": search.at_edge}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold: null for what is no finite number, a string for a path."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

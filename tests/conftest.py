@@ -1,0 +1,26 @@
+"""Strict test mode: several CPU devices, strict promotion, checked shapes, float64 on request."""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The jaxtyping annotations of the pure mathematics are enforced while the tests run.
+jaxtyping.install_import_hook(
+    ["tekfac_jax._statistics", "tekfac_jax._eigenbasis"], "beartype.beartype"
+)
+
+
+@pytest.fixture
+def x64():
+    """Float64 arithmetic, for whatever is held against an oracle."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,560 @@
+"""The benchmarks: what is read from disk, what is refused, and one short comparison."""
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import tarfile
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import tekfac_jax as tekfac
+from benchmarks.cifar import VARIANTS
+from benchmarks.data import DataError, load_dataset
+from benchmarks.errors import UsageError
+from benchmarks.loop import Task, Trainer, cosine
+from benchmarks.models import make_model
+from benchmarks.optimizers import OPTIMIZERS, Curvature
+from benchmarks.search import TRIALS, search_learning_rate
+from benchmarks.train import main
+from benchmarks.unpickle import safe_loads
+
+CIFAR = tuple(VARIANTS)
+FREQUENT = Curvature(5, 5, 5)
+
+every_cifar = pytest.mark.parametrize("name", CIFAR)
+
+
+# --- small copies of what is on the web ------------------------------------------------------
+
+
+def make_split(name, count, seed):
+    """Random images and labels; the first label is the highest there is."""
+    rng = np.random.default_rng(seed)
+    num_classes = VARIANTS[name].num_classes
+    labels = rng.integers(num_classes, size=count)
+    labels[0] = num_classes - 1
+    return rng.integers(256, size=(count, 32, 32, 3), dtype=np.uint8), labels
+
+
+def batch_pickle(name, images, labels, **more):
+    batch = {
+        "batch_label": b"some",
+        VARIANTS[name].labels_key: labels.tolist(),
+        "data": images.transpose(0, 3, 1, 2).reshape(len(images), -1),
+        **more,
+    }
+    return pickle.dumps(batch, protocol=2)
+
+
+def official_files(name, train, test):
+    """Contents of the official archive by file name, the training set cut into its batches."""
+    variant = VARIANTS[name]
+    parts = [np.array_split(column, len(variant.train_files)) for column in train]
+    files = {
+        file: batch_pickle(name, images, labels)
+        for file, images, labels in zip(variant.train_files, *parts, strict=True)
+    }
+    return {**files, variant.test_file: batch_pickle(name, *test)}
+
+
+def write_folder(directory, name, files):
+    folder = directory / VARIANTS[name].folder
+    folder.mkdir()
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+
+
+def write_archive(directory, name, files):
+    variant = VARIANTS[name]
+    with tarfile.open(directory / variant.archive, "w:gz") as archive:
+        for file, content in {"readme.html": b"hello", **files}.items():
+            member = tarfile.TarInfo(f"{variant.folder}/{file}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def webp(image, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "WEBP", lossless=True, **options)
+    return buffer.getvalue()
+
+
+def pack(name, train, test, **replaced):
+    arrays = {"class_names": np.array([f"c{i}" for i in range(VARIANTS[name].num_classes)])}
+    for split, (images, labels) in (("train", train), ("test", test)):
+        encoded = [webp(image) for image in images]
+        arrays[f"{split}_bytes"] = np.frombuffer(b"".join(encoded), np.uint8)
+        arrays[f"{split}_offsets"] = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+        arrays[f"{split}_labels"] = labels.astype(np.uint8)
+    return {**arrays, **replaced}
+
+
+def write_packs(directory, name, train, test, halves="ab", **replaced):
+    for i, half in enumerate("ab"):
+        if half in halves:
+            parts = [[np.array_split(x, 2)[i] for x in split] for split in (train, test)]
+            np.savez(directory / f"{name}_{half}.npz", **pack(name, *parts, **replaced))
+
+
+def pixels(name, images):
+    variant = VARIANTS[name]
+    restored = 255 * (images * np.float32(variant.std) + np.float32(variant.mean))
+    assert abs(restored - restored.round()).max() < 1e-2
+    return restored.round().astype(np.uint8)
+
+
+def assert_same(name, images, labels, expected):
+    assert images.dtype == np.float32
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(pixels(name, images), expected[0])
+    np.testing.assert_array_equal(labels, expected[1])
+
+
+# --- what comes back -------------------------------------------------------------------------
+
+
+@every_cifar
+@pytest.mark.parametrize("write", [write_folder, write_archive])
+def test_official_archives_come_back_in_a_shuffled_order(tmp_path, name, write):
+    train, test = make_split(name, 20, 1), make_split(name, 6, 2)
+    write(tmp_path, name, official_files(name, train, test))
+    order = np.random.default_rng(0).permutation(20)
+    for subset in (None, 7):
+        read = load_dataset(name, tmp_path, subset)
+        expected = train[0][order[:subset]], train[1][order[:subset]]
+        assert_same(name, read.train_images, read.train_labels, expected)
+        assert_same(name, read.test_images, read.test_labels, test)
+        assert read.num_classes == VARIANTS[name].num_classes
+
+
+@every_cifar
+@pytest.mark.parametrize("subset", [None, 2, 5])
+def test_packs_come_back(tmp_path, name, subset, capsys):
+    train, test = make_split(name, 8, 1), make_split(name, 4, 2)
+    write_packs(tmp_path, name, train, test)
+    read = load_dataset(name, tmp_path, subset)
+    expected = train[0][:subset], train[1][:subset]
+    assert_same(name, read.train_images, read.train_labels, expected)
+    assert_same(name, read.test_images, read.test_labels, test)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("half", "kept"), [("a", slice(4)), ("b", slice(4, 8))])
+def test_half_of_the_packs_is_used_with_a_notice(tmp_path, half, kept, capsys):
+    train, test = make_split("cifar10", 8, 1), make_split("cifar10", 4, 2)
+    write_packs(tmp_path, "cifar10", train, test, halves=half)
+    read = load_dataset("cifar10", tmp_path)
+    assert_same("cifar10", read.train_images, read.train_labels, (train[0][kept], train[1][kept]))
+    notice = capsys.readouterr().err
+    assert f"only cifar10_{half}.npz" in notice
+    assert notice.count("\n") == 1
+
+
+def test_pickle_as_python_2_wrote_it():
+    content = bytes(range(256)) * 24
+    pickled = (
+        b"\x80\x02}(U\x06labels](K\x03K\x07eU\x04data"
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+        b"(K\x01(K\x02M\x00\x0ct"
+        b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        b"\x89T" + struct.pack("<i", len(content)) + content + b"tbu."
+    )
+    batch = safe_loads(pickled)
+    assert batch[b"labels"] == [3, 7]
+    np.testing.assert_array_equal(batch[b"data"], np.frombuffer(content, np.uint8).reshape(2, 3072))
+
+
+def test_digits_are_split_evenly_and_standardised():
+    digits = load_dataset("digits")
+    assert digits.train_images.shape == (1437, 8, 8, 1)
+    assert digits.test_images.shape == (360, 8, 8, 1)
+    assert digits.train_images.mean() == pytest.approx(0, abs=1e-5)
+    assert digits.train_images.std() == pytest.approx(1, abs=1e-5)
+    # Stratified: a fifth of every class, of 174 to 183 images, to within one.
+    counts = np.bincount(digits.test_labels)
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    smaller = load_dataset("digits", subset=100)
+    np.testing.assert_array_equal(smaller.train_images, digits.train_images[:100])
+
+
+@pytest.mark.skipif("TEKFAC_DATA" not in os.environ, reason="TEKFAC_DATA names no directory")
+@every_cifar
+def test_real_cifar(name):
+    read = load_dataset(name, os.environ["TEKFAC_DATA"], subset=2000)
+    assert read.train_images.shape == (2000, 32, 32, 3)
+    assert len(read.test_images) in (5000, 10000)
+    assert abs(read.train_images.mean(axis=(0, 1, 2))).max() < 0.05
+    assert abs(read.train_images.std(axis=(0, 1, 2)) - 1).max() < 0.05
+    assert set(read.test_labels) == set(range(read.num_classes))
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def break_nothing_there(directory):
+    return directory
+
+
+def break_no_directory(directory):
+    return directory / "nowhere"
+
+
+def break_lacking_batch(directory):
+    files = official_files("cifar10", make_split("cifar10", 10, 1), make_split("cifar10", 2, 2))
+    del files["data_batch_3"]
+    write_folder(directory, "cifar10", files)
+
+
+def break_archive_lacking_batch(directory):
+    files = official_files("cifar10", make_split("cifar10", 10, 1), make_split("cifar10", 2, 2))
+    del files["data_batch_3"]
+    write_archive(directory, "cifar10", files)
+
+
+def break_truncated_batch(directory):
+    files = official_files("cifar10", make_split("cifar10", 10, 1), make_split("cifar10", 2, 2))
+    files["test_batch"] = files["test_batch"][:-200]
+    write_folder(directory, "cifar10", files)
+
+
+def break_truncated_archive(directory):
+    files = official_files("cifar10", make_split("cifar10", 10, 1), make_split("cifar10", 2, 2))
+    write_archive(directory, "cifar10", files)
+    path = directory / VARIANTS["cifar10"].archive
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def break_no_archive(directory):
+    (directory / VARIANTS["cifar10"].archive).write_bytes(b"<html>not found</html>")
+
+
+def break_labels_of_another_set(directory):
+    train, test = make_split("cifar100", 10, 1), make_split("cifar100", 2, 2)
+    write_folder(directory, "cifar10", official_files("cifar10", train, test))
+
+
+def break_missing_labels(directory):
+    train, test = make_split("cifar10", 10, 1), make_split("cifar10", 2, 2)
+    content = pickle.dumps({"fine_labels": test[1].tolist(), "data": b""}, protocol=2)
+    files = {**official_files("cifar10", train, test), "test_batch": content}
+    write_folder(directory, "cifar10", files)
+
+
+def break_packs(directory, **replaced):
+    train, test = make_split("cifar10", 4, 1), make_split("cifar10", 4, 2)
+    write_packs(directory, "cifar10", train, test, **replaced)
+
+
+def break_pack_of_another_set(directory):
+    train, test = make_split("cifar100", 4, 1), make_split("cifar100", 4, 2)
+    write_packs(directory, "cifar100", train, test)
+    (directory / "cifar100_a.npz").rename(directory / "cifar10_a.npz")
+
+
+def break_pack_labels(directory):
+    break_packs(directory, train_labels=np.array([3, 57], np.uint8))
+
+
+def break_pack_offsets(directory):
+    break_packs(directory, test_offsets=np.array([0, 10, 5], np.int64))
+
+
+def break_pack_of_other_images(directory):
+    image = webp(np.zeros((16, 16, 3), np.uint8))
+    break_packs(
+        directory,
+        test_bytes=np.frombuffer(2 * image, np.uint8),
+        test_offsets=np.array([0, 1, 2], np.int64) * len(image),
+    )
+
+
+def break_pack_of_noise(directory):
+    break_packs(directory, train_bytes=np.zeros(100_000, np.uint8))
+
+
+def break_pack_of_objects(directory):
+    break_packs(directory, train_labels=np.array([{}, {}], object))
+
+
+def break_pack_lacking_key(directory):
+    np.savez(directory / "cifar10_a.npz", train_labels=np.zeros(3, np.uint8))
+
+
+def break_truncated_pack(directory):
+    break_packs(directory)
+    path = directory / "cifar10_b.npz"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_single_array(directory):
+    with (directory / "cifar10_a.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def break_subset(directory):
+    break_packs(directory)
+
+
+BREAKS = {
+    function.__name__.removeprefix("break_"): (function, message)
+    for function, message in (
+        (break_nothing_there, "no CIFAR-10 in .* it must hold"),
+        (break_no_directory, "nowhere is no directory: pass with --data"),
+        (break_lacking_batch, "cannot read .*data_batch_3 .*unpack"),
+        (break_archive_lacking_batch, "lacks cifar-10-batches-py/data_batch_3: download"),
+        (break_truncated_batch, "test_batch is damaged .* fetch it again"),
+        (break_truncated_archive, "cifar-10-python.tar.gz is damaged .* fetch it again"),
+        (break_no_archive, "cifar-10-python.tar.gz is damaged .* fetch it again"),
+        (break_labels_of_another_set, "labels from .* to 99 where CIFAR-10 has 10 classes"),
+        (break_missing_labels, "test_batch is damaged or no CIFAR file"),
+        (break_pack_of_another_set, "100 classes where CIFAR-10 has 10"),
+        (break_pack_labels, "labels from 3 to 57 where CIFAR-10 has 10 classes"),
+        (break_pack_offsets, "test_offsets do not ascend"),
+        (break_pack_of_other_images, r"test image 0 is \(16, 16\)"),
+        (break_pack_of_noise, "cifar10_a.npz is damaged"),
+        (break_pack_of_objects, "cifar10_a.npz is damaged"),
+        (break_pack_lacking_key, "cifar10_a.npz is damaged .*class_names"),
+        (break_truncated_pack, "cifar10_b.npz is damaged"),
+        (break_single_array, "cifar10_a.npz is damaged"),
+        (break_subset, "a subset of 5 training images .* has 4: choose --subset from 1 to 4"),
+    )
+}
+
+
+@pytest.mark.parametrize("kind", BREAKS)
+def test_broken_data_is_refused_in_one_sentence(tmp_path, kind, capsys):
+    function, message = BREAKS[kind]
+    directory = function(tmp_path) or tmp_path
+    arguments = ["--dataset", "cifar10", "--data", str(directory), "--subset", "5"]
+    if kind != "subset":
+        with pytest.raises(DataError, match=message):
+            load_dataset("cifar10", directory)
+    assert_refused([*arguments, "--out", str(tmp_path / "out")], message, capsys)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_that_calls_something_is_refused(tmp_path):
+    train, test = make_split("cifar10", 10, 1), make_split("cifar10", 2, 2)
+    files = official_files("cifar10", train, test)
+    evil = tmp_path / "evil"
+    files["test_batch"] = batch_pickle("cifar10", *test, more=Malicious(evil))
+    write_folder(tmp_path, "cifar10", files)
+    with pytest.raises(DataError, match=r"test_batch is damaged .*mkdir, refused"):
+        load_dataset("cifar10", tmp_path)
+    assert not evil.exists()
+    pickle.loads(files["test_batch"])
+    assert evil.exists()  # so the pickle would have done it
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [b"cbuiltins\neval\n.", b"cnumpy\nload\n.", b"cnumpy.core.multiarray\nfromfile\n.", b"]."],
+)
+def test_unpickler_knows_nothing_else(asked):
+    with pytest.raises(pickle.UnpicklingError):
+        safe_loads(b"\x80\x02" + asked)
+
+
+def assert_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("python -m benchmarks.train: ")
+    assert re.search(message, printed), printed
+    *notices, _ = printed.splitlines()[::-1]
+    assert not notices
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--dataset mnist", "unknown dataset 'mnist': choose from digits, cifar10, cifar100"),
+        ("--dataset cifar100", "cifar100 is read from a directory: pass with --data"),
+        ("--model alexnet", "unknown model 'alexnet': choose from cnn, resnet20, vgg16"),
+        ("--model vgg16", "vgg16 is made for 32x32 images, these are 8x8"),
+        ("--optimizers tekfac,muon", "unknown optimizer 'muon'"),
+        ("--optimizers sgd,sgd", "twice"),
+        ("--subset 2000", "a subset of 2000 training images .* digits has 1437"),
+        ("--subset 50", "a batch of 64 is more than the 50 training images"),
+        ("--epochs 0", "--epochs: must be a whole number of 1 or more, got '0'"),
+        ("--batch-size 2.5", "--batch-size: must be a whole number"),
+        ("--factor-interval never", "--factor-interval: must be a whole number"),
+        ("--target 101", "--target: must be a number from 0 to 100"),
+        ("--damping much", "--damping: must be auto, trace or a positive number, got 'much'"),
+        ("--damping -1", "--damping"),
+        ("--learning-rates 0", "--learning-rates must be one positive number"),
+        ("--learning-rates sgd=nan", "--learning-rates must be one positive number"),
+        ("--learning-rates sgd=1,sgd=2", "once for each optimizer"),
+        ("--learning-rates kfac=0.1", "unknown optimizer in --learning-rates 'kfac'"),
+        ("--colour red", "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_sentence(tmp_path, arguments, message, capsys):
+    assert_refused([*arguments.split(), "--out", str(tmp_path)], message, capsys)
+
+
+def test_out_that_is_a_file_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert_refused(["--out", str(tmp_path / "file")], "choose another --out", capsys)
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def abstract_parameters(model, size):
+    x = jax.ShapeDtypeStruct((1, *size), np.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "width", "count"),
+    [
+        ("cnn", (8, 8, 1), None, 21_546),
+        ("resnet20", (32, 32, 3), None, 269_722),
+        ("vgg16", (32, 32, 3), 64, 14_724_042),
+    ],
+)
+def test_number_of_parameters(name, size, width, count):
+    params = abstract_parameters(make_model(name, 10, width), size)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg16"])
+def test_without_affine_every_parameter_is_covered(name):
+    model = make_model(name, 10, 4, affine=False)
+
+    def loss(variables, x):
+        return model.apply(variables, x).mean()
+
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    params = abstract_parameters(model, (32, 32, 3))
+    stats = jax.eval_shape(model.init, jax.random.key(0), x)["batch_stats"]
+    layers = tekfac.find_layers(
+        lambda p, s: loss({"params": p, "batch_stats": s}, x), params, stats
+    )
+    assert sum(spec.kernel_shape != () for spec in layers.values()) == len(layers)
+    assert len(layers) == {"resnet20": 20, "vgg16": 14}[name]
+    assert not layers.uncovered
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+class WithNorm(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Conv(4, (3, 3), strides=2, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Task(load_dataset("digits", subset=640), WithNorm(), batch_size=64)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_learns_and_repeats_itself(task, name):
+    trainer = Trainer(task, name, FREQUENT)
+    run, again = (trainer.train(0.01, epochs=3, seed=7) for _ in range(2))
+    assert len(run.epochs) == 3
+    assert len(run.step_seconds) == 30
+    assert run.train_loss < 0.5 * run.epochs[0].train_loss
+    assert run.epochs[-1].test_accuracy > 0.5
+    # The evaluation uses the running averages of BatchNorm: they must have been carried along.
+    assert run.train_loss < 2 * run.epochs[-1].train_loss
+    for one, other in zip(run.epochs, again.epochs, strict=True):
+        assert one[:3] == pytest.approx(other[:3], rel=1e-3)
+    assert trainer.train(0.01, epochs=1, seed=8).epochs[0] != run.epochs[0]
+
+
+def test_divergence_ends_a_run(task):
+    run = Trainer(task, "sgd", FREQUENT).train(1e30, epochs=3, seed=0)
+    assert run.diverged
+    assert run.train_loss == np.inf
+    assert len(run.epochs) < 3
+    assert run.epochs_to(0.1) is None
+
+
+def test_batches_are_a_permutation(task):
+    seen = np.concatenate([labels for _, labels in task.batches(seed=1, epoch=1)])
+    np.testing.assert_array_equal(np.sort(seen), np.sort(task.dataset.train_labels))
+    other = np.concatenate([labels for _, labels in task.batches(seed=1, epoch=2)])
+    assert (seen != other).any()
+
+
+def test_batch_larger_than_the_data_is_refused(task):
+    with pytest.raises(UsageError, match="641 is more than the 640 training images"):
+        Task(task.dataset, task.model, batch_size=641)
+
+
+def test_cosine():
+    assert cosine(0.3, 0.0) == pytest.approx(0.3)
+    assert cosine(0.3, 0.5) == pytest.approx(0.15)
+    assert cosine(0.3, 1.0) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("best", [1e-4, 1e-3, 4e-3, 0.01, 0.02, 0.3, 10.0])
+def test_search_finds_the_best_rate(best):
+    search = search_learning_rate(lambda rate: abs(np.log10(rate / best)), start=0.01)
+    assert len(search.losses) == TRIALS
+    assert abs(np.log10(search.best / best)) < 0.4
+    assert search.at_edge == (best in (1e-4, 10.0) and search.best in (1e-5, 10.0))
+
+
+def test_search_survives_divergence():
+    search = search_learning_rate(lambda rate: np.nan if rate > 1e-3 else rate, start=1.0)
+    assert search.best in search.losses
+    assert search.losses[1.0] == np.inf
+    assert search.losses[search.best] <= 1e-3
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+def test_whole_comparison(tmp_path, capsys):
+    main(
+        ["--epochs", "4", "--seeds", "2", "--search-epochs", "1", "--target", "60"]
+        + ["--learning-rates", "tekfac=0.03,sgd=0.1", "--out", str(tmp_path / "new" / "out")]
+    )
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "adam: training loss by learning rate" in printed.out
+    assert "sgd: training loss by learning rate" not in printed.out
+    assert "epochs to 60 %" in printed.out
+
+    with Image.open(tmp_path / "new" / "out" / "curves.png") as image:
+        assert image.format == "PNG"
+    written = json.loads((tmp_path / "new" / "out" / "results.json").read_text())
+    assert written["settings"]["curvature"]["factor_interval"] == 10
+    assert written["settings"]["parameters"] == 21_546
+    assert written["versions"]["jax"] == jax.__version__
+    assert written["hardware"]["cpu_count"] == os.cpu_count()
+    results = {result["optimizer"]: result for result in written["results"]}
+    assert list(results) == ["tekfac", "sgd", "adam"]
+    assert results["sgd"]["search"] is None
+    assert len(results["adam"]["search"]["trials"]) == TRIALS
+    for name, result in results.items():
+        assert result["compile_seconds"] > 0
+        assert [run["seed"] for run in result["runs"]] == [0, 1]
+        for run in result["runs"]:
+            assert [epoch["epoch"] for epoch in run["epochs"]] == [1, 2, 3, 4]
+            assert run["train_loss"] < 1.0, name
+            assert run["epochs"][-1]["test_accuracy"] > 0.8, name
+            assert run["median_step_ms"] > 0
