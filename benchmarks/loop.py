@@ -154,10 +154,10 @@ class Trainer:
 
         started = time.perf_counter()
         step = jax.jit(self._step, donate_argnums=0)
-        self._compiled = step.lower(self._initial_state(0), *batch, jnp.float32(0)).compile()
+        self.compiled = step.lower(self.initial_state(0), *batch, jnp.float32(0)).compile()
         self.compile_seconds = time.perf_counter() - started
 
-    def _initial_state(self, seed: int) -> TrainState:
+    def initial_state(self, seed: int) -> TrainState:
         params, batch_stats = self.task.initial_variables(seed)
         state = TrainState.create(
             apply_fn=self.task.model.apply, params=params, tx=self._tx, batch_stats=batch_stats
@@ -203,7 +203,7 @@ class Trainer:
         Returns:
             `Run`; one whose loss is no longer finite ends there, with an infinite loss.
         """
-        task, state = self.task, self._initial_state(seed)
+        task, state = self.task, self.initial_state(seed)
         steps = epochs * task.steps_per_epoch
         run = Run(self.optimizer, learning_rate, seed, [], math.inf, [])
         for epoch in range(1, epochs + 1):
@@ -212,7 +212,7 @@ class Trainer:
             for _ in range(task.steps_per_epoch):
                 started = time.perf_counter()
                 rate = cosine(learning_rate, len(run.step_seconds) / steps)
-                state, loss = self._compiled(state, *next(batches), jnp.float32(rate))
+                state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
                 jax.block_until_ready((state, loss))
                 run.step_seconds.append(time.perf_counter() - started)
                 losses.append(float(loss))

@@ -102,7 +102,7 @@ def make_case(name: str) -> Case:
 
 
 def matrix(layer: Any) -> jax.Array:
-    """Kernel (and bias, as its last row) of one layer's parameter dict as an (in[+1], out) matrix."""
+    """Kernel and bias of one layer, the bias as its last row: an (in[+1], out) matrix."""
     kernel = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
     return jnp.vstack([kernel, layer["bias"][None]]) if "bias" in layer else kernel
 
