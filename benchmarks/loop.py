@@ -141,7 +141,11 @@ def _pad(array: np.ndarray, value: int) -> np.ndarray:
 
 
 class Trainer:
-    """An optimizer on a task: its step, compiled once for every learning rate and seed."""
+    """An optimizer on a task: its step, compiled once for every learning rate and seed.
+
+    `compiled` is the step: (state, images, labels, learning_rate) -> (state, loss); it donates
+    `state`.
+    """
 
     def __init__(self, task: Task, optimizer: str, curvature: Curvature):
         self.task, self.optimizer = task, optimizer
@@ -158,6 +162,7 @@ class Trainer:
         self.compile_seconds = time.perf_counter() - started
 
     def initial_state(self, seed: int) -> TrainState:
+        """What a run starts from; new arrays each time, since steps donate theirs."""
         params, batch_stats = self.task.initial_variables(seed)
         state = TrainState.create(
             apply_fn=self.task.model.apply, params=params, tx=self._tx, batch_stats=batch_stats

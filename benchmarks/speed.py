@@ -1,4 +1,4 @@
-"""What a TEKFAC step costs, as a ratio to one of SGD: ``python -m benchmarks.speed``.
+"""What a step of TEKFAC costs, as a ratio to one of SGD: ``python -m benchmarks.speed``.
 
 All steps are timed in one process, in turn, on random data: first SGD, then Adam, then each kind
 of TEKFAC step, then SGD again, and so on; the figures are medians of the ratios to the SGD step

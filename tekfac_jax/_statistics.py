@@ -22,7 +22,7 @@ HIGHEST = lax.Precision.HIGHEST
 
 # Examples handled at once where G_n is formed, and the numbers that they may take up. On CPU
 # small matrix products are fast and large batched ones are not; elsewhere it is the reverse.
-_CHUNK_CPU = 8
+_CHUNK_CPU = 16
 _CHUNK = 32
 _CHUNK_NUMBERS = 2**26
 
@@ -49,7 +49,7 @@ def exact_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors
     """
     if a.shape[1] == 1:
         return location_factors(a, u)
-    g = _per_example_gradients(a, u)
+    g = jnp.einsum("nti,nto->nio", a, u, precision=HIGHEST)
     phi = jnp.einsum("nio,njo->ij", g, g, precision=HIGHEST)
     psi = jnp.einsum("nio,nip->op", g, g, precision=HIGHEST)
     return Factors(phi, psi)
@@ -93,12 +93,13 @@ def rescaling(
         u = jnp.einsum("nto,op->ntp", u, q_psi, precision=HIGHEST)
     if positions == 1:
         return jnp.matmul(a[:, 0].T ** 2, u[:, 0] ** 2, precision=HIGHEST)
-    g = _per_example_gradients(a, u)
+    # Examples stand in the middle: then rotating either side is one matrix product.
+    g = jnp.einsum("nti,nto->ino", a, u, precision=HIGHEST)
     if not rotate_a:
-        g = jnp.einsum("ij,nio->njo", q_phi, g, precision=HIGHEST)
+        g = jnp.einsum("ij,ino->jno", q_phi, g, precision=HIGHEST)
     if not rotate_u:
-        g = jnp.einsum("njo,op->njp", g, q_psi, precision=HIGHEST)
-    return jnp.sum(g**2, axis=0)
+        g = jnp.einsum("jno,op->jnp", g, q_psi, precision=HIGHEST)
+    return jnp.sum(g**2, axis=1)
 
 
 def sum_over_examples(
@@ -153,13 +154,6 @@ def _chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
     numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim
     most = _CHUNK_CPU if jax.default_backend() == "cpu" else _CHUNK
     return max(1, min(n, most, _CHUNK_NUMBERS // numbers))
-
-
-def _per_example_gradients(
-    a: Float[Array, "n t i"], u: Float[Array, "n t o"]
-) -> Float[Array, "n i o"]:
-    """G_n = Σ_t a_nt u_ntᵀ."""
-    return jnp.einsum("nti,nto->nio", a, u, precision=HIGHEST)
 
 
 def _positions_as_examples(x: Float[Array, "n t d"]) -> Float[Array, "m d"]:

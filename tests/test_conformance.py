@@ -1,0 +1,662 @@
+"""Every public transform does what optax, Flax and orbax expect of one, and fails gracefully."""
+
+import functools
+import inspect
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import serialization
+
+import tekfac_jax as tekfac
+from tekfac_jax import _state
+
+LEARNING_RATE = 0.05
+ROUNDING = 2e-4  # relative, float32, between two programs that compute the same
+STEPS = 3
+
+SCALE_BY = {
+    "scale_by_tekfac": tekfac.scale_by_tekfac,
+    "scale_by_tkfac": tekfac.scale_by_tkfac,
+    "scale_by_ekfac": tekfac.scale_by_ekfac,
+    "scale_by_kfac": tekfac.scale_by_kfac,
+}
+READY = {
+    name: functools.partial(getattr(tekfac, name), LEARNING_RATE)
+    for name in ("tekfac", "tkfac", "ekfac", "kfac")
+}
+FACTORIES = {**SCALE_BY, **READY}
+INTERVALS = {"factor_interval": 2, "eigenbasis_interval": 1, "rescaling_interval": 2}
+FACTORS = ("phi", "psi", "q_phi", "q_psi")
+
+every_transform = pytest.mark.parametrize("name", FACTORIES)
+every_scale_by = pytest.mark.parametrize("name", SCALE_BY)
+every_ready = pytest.mark.parametrize("name", READY)
+
+
+@pytest.fixture(autouse=True)
+def _standard_promotion():
+    """optax itself mixes dtypes; `test_strict_promotion` is about ours."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="first")(x)
+        x = nn.LayerNorm(name="norm")(x)
+        return nn.Dense(2, name="last", use_bias=False)(jnp.tanh(x))
+
+
+class Case:
+    """A network, its layers, and the gradient and statistics of one batch for each step."""
+
+    def __init__(self):
+        self.model = Model()
+        xs = jax.random.normal(jax.random.key(0), (8, 6, 3), jnp.float32)
+        self.params = self.model.init(jax.random.key(1), xs[0])["params"]
+        self.layers = tekfac.find_layers(self.loss, self.params, xs[0])
+        step = jax.jit(tekfac.value_grad_and_stats(self.loss, self.layers))
+        self.batches = [step(self.params, x)[1:] for x in xs]
+
+    def loss(self, params, x):
+        outputs = self.model.apply({"params": params}, x)
+        return jnp.mean(jnp.sum((outputs - 1) ** 2, axis=-1))
+
+
+@functools.cache
+def case() -> Case:
+    return Case()
+
+
+def make(name, **options):
+    return FACTORIES[name](case().layers, **{**INTERVALS, **options})
+
+
+def run(tx, batches=None, state=None, **extra):
+    """The updates of some steps, and the last state."""
+    update = jax.jit(lambda g, state, p, stats: tx.update(g, state, p, stats=stats, **extra))
+    params = case().params
+    state = tx.init(params) if state is None else state
+    all_updates = []
+    for grads, stats in case().batches[:STEPS] if batches is None else batches:
+        updates, state = update(grads, state, params, stats)
+        all_updates.append(updates)
+    return all_updates, state
+
+
+@functools.cache
+def reference(name):
+    return run(make(name))
+
+
+def assert_close(actual, expected):
+    def check(a, b):
+        scale = float(np.abs(b).max())
+        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * scale)
+
+    jax.tree.map(check, actual, expected)
+
+
+def assert_same(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def types(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
+
+
+def our_state(opt_state) -> tekfac.ScaleByTekfacState:
+    (found,) = _state.search(opt_state, tekfac.ScaleByTekfacState)
+    return found
+
+
+# --- optax ---------------------------------------------------------------------------------------
+
+
+@every_transform
+def test_under_jit(name):
+    """One trace for all steps, stable types, unknown arguments, and the same numbers eagerly."""
+    tx, params = make(name), case().params
+    traces = []
+
+    @jax.jit
+    def update(grads, state, params, stats):
+        traces.append(name)
+        return tx.update(grads, state, params, stats=stats, loss=1.0, unknown=None)
+
+    state = tx.init(params)
+    first_types = types(state)
+    for (grads, stats), expected in zip(case().batches, reference(name)[0], strict=False):
+        updates, state = update(grads, state, params, stats)
+        assert types(state) == first_types
+        assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda g: g.dtype, grads)
+        assert_same(updates, expected)
+    assert len(traces) == 1
+    grads, stats = case().batches[0]
+    updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+    assert_close(updates, reference(name)[0][0])
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def _labels(params):
+    return {key: jax.tree.map(lambda _, k=key: k, value) for key, value in params.items()}
+
+
+# name -> wrapper that must not change anything
+_WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.identity(), tx, optax.scale(1.0)),
+    "named_chain": lambda tx: optax.named_chain(("a", tx), ("b", optax.identity())),
+    "masked": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda _: True, params)),
+    "partition": lambda tx: optax.partition({"ours": tx}, lambda p: jax.tree.map(lambda _: "ours", p)),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, every_k_schedule=1),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", _WRAPPERS)
+@pytest.mark.parametrize("name", ["scale_by_tekfac", "scale_by_kfac", "tekfac", "tkfac"])
+def test_wrappers_change_nothing(name, wrapper):
+    updates, state = run(_WRAPPERS[wrapper](make(name)))
+    expected, expected_state = reference(name)
+    assert_close(updates, expected)
+    assert_close(tekfac.curvature(state), tekfac.curvature(expected_state))
+
+
+@every_transform
+def test_partition_and_mask_leave_the_other_layers_alone(name):
+    """A whole layer elsewhere: it is not touched, the others are as they were."""
+    expected, _ = reference(name)
+    grads = [grads for grads, _ in case().batches[:STEPS]]
+    apart = {"first": "sgd", "norm": "ours", "last": "ours"}
+    tx = optax.partition(
+        {"ours": make(name, fc_damping="own", **_no_clip(name)), "sgd": optax.scale(-3.0)},
+        lambda params: {k: jax.tree.map(lambda _: apart[k], v) for k, v in params.items()},
+    )
+    masked = optax.masked(
+        make(name, **_no_clip(name)),
+        lambda params: {
+            k: jax.tree.map(lambda _: apart[k] == "ours", v) for k, v in params.items()
+        },
+    )
+    if _no_clip(name):  # the clip's factor is common to all layers
+        expected, _ = run(make(name, **_no_clip(name)))
+    for actual, factor in ((run(tx)[0], -3.0), (run(masked)[0], 1.0)):
+        for step in range(STEPS):
+            np.testing.assert_allclose(
+                actual[step]["first"]["kernel"], factor * grads[step]["first"]["kernel"], rtol=1e-6
+            )
+            for key in ("norm", "last"):
+                assert_close(actual[step][key], expected[step][key])
+
+
+def _no_clip(name):
+    return {"kl_clip": None} if name in READY else {}
+
+
+@every_transform
+def test_inject_hyperparams(name):
+    """An injected value can be changed between steps without another trace."""
+    factory = SCALE_BY.get(name) or getattr(tekfac, name)
+    injected = optax.inject_hyperparams(factory, static_args=tuple(INTERVALS))
+    options = {"damping": 1e-3, **INTERVALS}
+    if name in READY:
+        options |= {"learning_rate": LEARNING_RATE, "kl_clip": None}
+    tx = injected(layers=case().layers, **options)
+    params, traces = case().params, []
+
+    @jax.jit
+    def update(grads, state, stats):
+        traces.append(name)
+        return tx.update(grads, state, params, stats=stats)
+
+    grads, stats = case().batches[0]
+    state = tx.init(params)
+    first_types = types(state)
+    updates, state = update(grads, state, stats)
+    assert types(state) == first_types
+    expected, _ = run(make(name, damping=1e-3, **_no_clip(name)), case().batches[:1])
+    assert_close(updates, expected[0])
+    for key in {"damping", "learning_rate"} & set(state.hyperparams):
+        hyperparams = {**state.hyperparams, key: 100 * state.hyperparams[key]}
+        changed, _ = update(grads, state._replace(hyperparams=hyperparams), stats)
+        same, _ = update(grads, state, stats)
+        ratio = np.abs(changed["last"]["kernel"]).max() / np.abs(same["last"]["kernel"]).max()
+        assert ratio < 0.9 if key == "damping" else ratio > 50
+    assert len(traces) == 1
+
+
+def test_multi_steps_accumulates():
+    """Statistics of the step that updates are used; between them nothing moves."""
+    tx = optax.MultiSteps(make("scale_by_tekfac"), every_k_schedule=2)
+    updates, state = run(tx, case().batches[:4])
+    assert all(not u.any() for u in jax.tree.leaves([updates[0], updates[2]]))
+    (g0, _), (g1, stats) = case().batches[:2]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, g0, g1)
+    expected, _ = run(make("scale_by_tekfac"), [(mean, stats)])
+    assert_close(updates[1], expected[0])
+    assert our_state(state).count == 2
+
+
+def test_apply_if_finite_rejects_a_step():
+    tx = optax.apply_if_finite(make("scale_by_tekfac"), max_consecutive_errors=2)
+    grads, stats = case().batches[0]
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    updates, state = run(tx, [(grads, stats), (bad, stats), (grads, stats)])
+    assert all(not u.any() for u in jax.tree.leaves(updates[1]))
+    assert our_state(state).count == 2
+
+
+@every_transform
+def test_map_over_the_parameters_in_the_state(name):
+    tx, (_, state) = make(name), reference(name)
+    doubled = optax.tree.map_params(tx, lambda leaf: 2 * leaf, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    assert_same(our_state(doubled), our_state(state))
+    if name in READY:
+        changed = [
+            bool((a != b).any())
+            for a, b in zip(jax.tree.leaves(doubled), jax.tree.leaves(state), strict=True)
+        ]
+        # Momentum of the two layers (three leaves), Adam's two moments of the norm's two leaves.
+        assert sum(changed) == 3 + 2 * 2
+
+
+@every_transform
+def test_half_precision_gradients(name):
+    tx = make(name)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), case().params)
+    state = tx.init(params)
+    first_types = types(state)
+    update = jax.jit(tx.update)
+    for grads, stats in case().batches[:2]:
+        grads = jax.tree.map(lambda g: g.astype(jnp.bfloat16), grads)
+        updates, state = update(grads, state, params, stats=stats)
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+        assert types(state) == first_types
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(our_state(state))} == {
+        "float32", "int32", "bool",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*SCALE_BY, "clip", "running", "trace"])
+@pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
+def test_strict_promotion(name, wide):
+    """float32 parameters, also where float64 is enabled; no implicit promotion anywhere."""
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
+        options = {"running": {"rescaling": "running"}, "trace": {"damping": "trace"}}.get(name, {})
+        tx = SCALE_BY.get(name, tekfac.scale_by_tekfac)(case().layers, **options)
+        if name == "clip":
+            tx = tekfac.clip_by_kl(tx, optax.linear_schedule(0.1, 0.0, 10))
+        params = case().params
+        # Statistics as they come where float64 is enabled or not.
+        step = jax.jit(tekfac.value_grad_and_stats(case().loss, case().layers))
+        with jax.numpy_dtype_promotion("standard"):  # LayerNorm
+            _, grads, stats = step(params, jnp.ones((6, 3), jnp.float32) * 0.3)
+        state = tx.init(params)
+        first_types = types(state)
+        updates, state = tx.update(grads, state, params, stats=stats)
+        assert types(state) == first_types
+        assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.float32)}
+
+
+# --- without statistics --------------------------------------------------------------------------
+
+
+@every_transform
+def test_without_statistics(name):
+    """The curvature held is used and kept, and nothing is compiled that would change it."""
+    tx, params, (grads, _) = make(name), case().params, case().batches[3]
+    _, state = reference(name)
+
+    def update(grads, state, params):
+        return tx.update(grads, state, params)
+
+    lowered = jax.jit(update).lower(grads, state, params)
+    assert not re.search(r"eigh|syevd|lapack|Eigen", lowered.as_text())
+    updates, after = lowered.compile()(grads, state, params)
+    for path, layer in our_state(state).layers.items():
+        assert_same(our_state(after).layers[path]._replace(damping=layer.damping), layer)
+    assert our_state(after).count == our_state(state).count + 1
+    assert types(after) == types(state)
+    assert np.abs(updates["last"]["kernel"] - grads["last"]["kernel"]).max() > 1e-3
+    # With statistics that are not due it is the same.
+    held = make(name, factor_interval=1000, eigenbasis_interval=1000, rescaling_interval=1000)
+    with_stats, _ = run(held, [case().batches[3]], state)
+    assert_close(updates, with_stats[0])
+
+
+@every_scale_by
+def test_gradients_pass_unchanged_before_any_statistics(name):
+    grads, _ = case().batches[0]
+    updates, state = run(make(name), [(grads, None)] * 2)
+    assert_same(updates, [grads, grads])
+    assert tekfac.stats_due(state)
+    assert not any(leaf.any() for leaf in our_state(state).layers["last"][:5])
+
+
+@every_ready
+def test_momentum_of_gradients_before_any_statistics(name):
+    grads, _ = case().batches[0]
+    updates, _ = run(make(name, momentum=None), [(grads, None)])
+    assert_close(updates[0]["last"], jax.tree.map(lambda g: -LEARNING_RATE * g, grads["last"]))
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+@every_transform
+def test_donation(name):
+    tx = make(name)
+    update = jax.jit(
+        lambda state, g, p, stats: tx.update(g, state, p, stats=stats), donate_argnums=0
+    )
+    (grads, stats), params = case().batches[0], case().params
+    state = tx.init(params)
+    for expected in reference(name)[0][:1]:
+        old = jax.tree.leaves(state)
+        updates, state = update(state, grads, params, stats)
+        assert all(leaf.is_deleted() for leaf in old)
+        assert_close(updates, expected)
+
+
+@every_transform
+def test_init_needs_no_parameters(name):
+    tx, params = make(name), case().params
+    expected = tx.init(params)
+    abstract = jax.eval_shape(tx.init, params)
+    assert jax.tree.structure(abstract) == jax.tree.structure(expected)
+    assert types(abstract) == types(expected)
+    for placeholder in (None, {}, optax.MaskedNode(), jax.eval_shape(lambda: params)):
+        if name in READY and isinstance(placeholder, dict) and placeholder:
+            continue  # momentum wants arrays, as optax.trace does
+        assert_same(our_state(tx.init(placeholder)), our_state(expected))
+
+
+@every_transform
+def test_flax_serialization(name):
+    state = reference(name)[1]
+    state_dict = jax.tree.map(np.asarray, serialization.to_state_dict(state))
+    restored = serialization.from_state_dict(make(name).init(case().params), state_dict)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same(restored, state)
+    as_bytes = serialization.to_bytes(state)
+    assert_same(serialization.from_bytes(make(name).init(case().params), as_bytes), state)
+
+
+@pytest.mark.parametrize("name", ["scale_by_tekfac", "tekfac"])
+@pytest.mark.filterwarnings("ignore")
+def test_orbax(name, tmp_path):
+    checkpoint = pytest.importorskip("orbax.checkpoint")
+    state = reference(name)[1]
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", state)
+        checkpointer.wait_until_finished()
+        target = jax.eval_shape(make(name).init, case().params)
+        restored = checkpointer.restore(tmp_path / "state", target)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert_same(restored, state)
+    assert types(restored) == types(state)
+    assert tekfac.check_state(restored, case().layers) == ""
+
+
+def test_shape_comments_are_true():
+    """The comments in `LayerState` and `ScaleByTekfacState` against real shapes."""
+    (_, state) = reference("scale_by_tekfac")
+    state = our_state(state)
+    for path, spec in case().layers.items():
+        dims = {"i": spec.in_dim, "o": spec.out_dim}
+        for node in (state.layers[path], state):
+            comments = re.findall(
+                r"^    (\w+): jax\.Array  #.*?\(([io, ]*)\)", inspect.getsource(type(node)), re.M
+            )
+            arrays = [f for f, t in type(node).__annotations__.items() if t is jax.Array]
+            assert [field for field, _ in comments] == arrays
+            for field, comment in comments:
+                shape = tuple(dims[d.strip()] for d in comment.split(",") if d.strip())
+                assert getattr(node, field).shape == shape, field
+
+
+@pytest.mark.parametrize("name", SCALE_BY)
+def test_memory_usage_is_that_of_the_arrays(name):
+    state = reference(name)[1]
+    usage = tekfac.memory_usage(optax.chain(make(name)).init(case().params))
+    assert usage == tekfac.memory_usage(jax.eval_shape(make(name).init, case().params))
+    for path, layer in state.layers.items():
+        actual = {
+            "factors": layer.phi.nbytes + layer.psi.nbytes,
+            "eigenbasis": layer.q_phi.nbytes + layer.q_psi.nbytes,
+            "rescaling": layer.theta.nbytes,
+        }
+        assert usage[path] == actual
+        assert sum(actual.values()) == case().layers[path].state_bytes
+
+
+@every_transform
+def test_diagnostics(name):
+    state = reference(name)[1]
+    scalars = tekfac.diagnostics(state)
+    kinds = ("trace", "damping", "phi_spread", "psi_spread", "failures")
+    expected = {f"{path}/{kind}" for path in case().layers for kind in kinds}
+    assert set(scalars) == expected | ({"kl_clip"} if name in READY else set())
+    for key, value in scalars.items():
+        assert value.shape == ()
+        assert np.isfinite(value), key
+        assert value > 0 or key.endswith("failures")
+    fresh = tekfac.diagnostics(make(name).init(case().params))
+    assert set(fresh) == set(scalars)
+    assert all(np.isfinite(value) for value in fresh.values())
+    curvature = tekfac.curvature(state)["first"]
+    assert np.trace(curvature.phi) == pytest.approx(1, rel=1e-5)
+    assert np.trace(curvature.psi) == pytest.approx(1, rel=1e-5)
+    assert scalars["first/trace"] == pytest.approx(curvature.theta.sum(), rel=1e-5)
+
+
+def test_check_state_is_a_sentence():
+    layers, params = case().layers, case().params
+    x = jnp.ones((6, 3), jnp.float32)
+    state = optax.chain(make("scale_by_tekfac")).init(params)
+    assert tekfac.check_state(state, layers) == ""
+    fewer = tekfac.find_layers(case().loss, params, x, skip="first")
+    assert tekfac.check_state(state, fewer) == (
+        "The state has no layers [] and has ['first'], which the network has not."
+    )
+    assert "no layers ['first']" in tekfac.check_state(
+        tekfac.scale_by_tekfac(fewer).init(params), layers
+    )
+    wide = jnp.ones((6, 5), jnp.float32)
+    other = case().model.init(jax.random.key(0), wide)["params"]
+    sentence = tekfac.check_state(state, tekfac.find_layers(case().loss, other, wide))
+    assert sentence == (
+        "Layer 'first' has in and out dimension (4, 4) in the state and (6, 4) in the network."
+    )
+    functions = (
+        tekfac.curvature, tekfac.stats_due, tekfac.memory_usage, tekfac.diagnostics,
+        lambda state: tekfac.check_state(state, layers),
+    )  # fmt: skip
+    for function in functions:
+        with pytest.raises(ValueError, match=r"no state of scale_by_tekfac.*tx\.init"):
+            function(optax.sgd(0.1).init(params))
+
+
+# --- intervals -----------------------------------------------------------------------------------
+
+
+@every_scale_by
+def test_intervals(name):
+    tx = make(name, factor_interval=2, eigenbasis_interval=3, rescaling_interval=4)
+    state = tx.init(case().params)
+    update = jax.jit(lambda g, state, stats: tx.update(g, state, stats=stats)[1])
+    changed = {field: [] for field in ("phi", "psi", "delta", "q_phi", "q_psi", "theta")}
+    due = []
+    for step, (grads, stats) in enumerate(case().batches):
+        due += [step] if tekfac.stats_due(state) else []
+        new = update(grads, state, stats)
+        for field, steps in changed.items():
+            old_array, new_array = (getattr(s.layers["first"], field) for s in (state, new))
+            steps += [step] if (old_array != new_array).any() else []
+        state = new
+    assert changed["phi"] == changed["psi"] == changed["delta"] == [0, 2, 4, 6]
+    assert changed["q_phi"] == changed["q_psi"] == [0, 3, 6]
+    assert changed["theta"] == [0, 3, 4, 6]
+    assert due == [0, 2, 3, 4, 6]
+
+
+@every_transform
+def test_statistics_may_be_left_out_where_they_are_not_due(name):
+    intervals = {"factor_interval": 2, "eigenbasis_interval": 2, "rescaling_interval": 4}
+    tx, params = make(name, **intervals), case().params
+    expected, expected_state = run(tx, case().batches[:4])
+    with_stats = jax.jit(lambda g, state, stats: tx.update(g, state, params, stats=stats))
+    without = jax.jit(lambda g, state: tx.update(g, state, params))
+    state = tx.init(params)
+    for step, (grads, stats) in enumerate(case().batches[:4]):
+        if tekfac.stats_due(state):
+            assert step in (0, 2)
+            updates, state = with_stats(grads, state, stats)
+        else:
+            updates, state = without(grads, state)
+        assert_close(updates, expected[step])
+    assert_close(our_state(state), our_state(expected_state))
+
+
+# --- what is not finite --------------------------------------------------------------------------
+
+
+def spoiled(step, part, value):
+    """Statistics of that batch with one number of layer "first" that is not finite."""
+    grads, stats = case().batches[step]
+    (capture,) = stats.layers["first"]
+    capture = capture._replace(**{part: getattr(capture, part).at[2, 0].set(value)})
+    return grads, stats._replace(layers={**stats.layers, "first": (capture,)})
+
+
+_EVERY_STEP = {"factor_interval": 1, "eigenbasis_interval": 1, "rescaling_interval": 1}
+
+
+@every_scale_by
+@pytest.mark.parametrize(("part", "value"), [("u", np.nan), ("a", np.inf)])
+def test_bad_first_statistics(name, part, value):
+    """The gradient passes, the other layers are as they were, and the next step tries again."""
+    tx = make(name, factor_interval=10, eigenbasis_interval=10, rescaling_interval=10)
+    batches = [spoiled(0, part, value), case().batches[1], case().batches[2]]
+    first, state = run(tx, batches[:1])
+    assert_same(first[0]["first"], batches[0][0]["first"])
+    clean, clean_state = run(tx, case().batches[:1])
+    assert_same(first[0]["last"], clean[0]["last"])
+    assert_same(state.layers["last"], clean_state.layers["last"])
+    assert state.layers["first"].failures > 0
+    assert not state.layers["first"].basis_valid
+    assert tekfac.stats_due(state)
+    later, state = run(tx, batches[1:2], state)
+    fresh, fresh_state = run(tx, batches[1:2])
+    assert_same(later[0]["first"], fresh[0]["first"])
+    assert_same(
+        state.layers["first"]._replace(failures=jnp.zeros((), jnp.int32)),
+        fresh_state.layers["first"],
+    )
+    assert not tekfac.stats_due(state)
+
+
+@every_scale_by
+@pytest.mark.parametrize(("part", "value"), [("u", np.inf), ("a", np.nan)])
+def test_bad_later_statistics(name, part, value):
+    """The last good curvature stays in force."""
+    tx = make(name, **_EVERY_STEP)
+    _, before = run(tx, case().batches[:2])
+    (updates,), after = run(tx, [spoiled(2, part, value)], before)
+    (clean,), clean_after = run(tx, case().batches[2:3], before)
+    for field in ("phi", "psi", "delta", "factor_weight", "theta_weight"):
+        assert_same(getattr(after.layers["first"], field), getattr(before.layers["first"], field))
+    assert after.layers["first"].failures > before.layers["first"].failures
+    assert after.layers["last"].failures == 0
+    held, _ = tx.update(case().batches[2][0], before)
+    assert_close(updates["first"], held["first"])
+    assert_same(updates["last"], clean["last"])
+    assert_same(after.layers["last"], clean_after.layers["last"])
+
+
+@every_scale_by
+def test_huge_and_tiny_statistics(name):
+    """Numbers whose squares leave float32's range are no reason for NaN."""
+    tx = make(name, **_EVERY_STEP)
+    for factor in (1e15, 1e-25, 0.0):
+        grads, stats = case().batches[0]
+        stats = stats._replace(scale=stats.scale * factor)
+        updates, state = run(tx, [(grads, stats)] * 2)
+        leaves = jax.tree.leaves((updates, tekfac.diagnostics(state), tekfac.curvature(state)))
+        assert all(np.isfinite(leaf).all() for leaf in leaves), factor
+
+
+# --- train state, schedules ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), *FACTORIES], ids=str)
+def test_train_state(tx):
+    name, params = tx, case().params
+    tx = make(name) if isinstance(name, str) else tx
+    state = tekfac.TrainState.create(apply_fn=case().model.apply, params=params, tx=tx)
+    step = jax.jit(lambda state, g, stats: state.apply_gradients(grads=g, stats=stats))
+    grads, stats = case().batches[0]
+    new = step(state, grads, stats)
+    if isinstance(name, str):
+        expected = optax.apply_updates(params, reference(name)[0][0])
+        assert tekfac.curvature(new)["first"].theta.any()
+    else:
+        expected = optax.apply_updates(params, jax.tree.map(lambda g: -0.1 * g, grads))
+    assert_close(new.params, expected)
+    assert new.step == 1
+    assert new.tx is state.tx
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    without = state.apply_gradients(grads=grads, apply_fn=len)
+    assert without.apply_fn is len
+    assert without.step == 1
+
+
+@every_ready
+def test_schedules(name):
+    factory = getattr(tekfac, name)
+    constant = factory(optax.constant_schedule(LEARNING_RATE), case().layers, **INTERVALS)
+    assert_close(run(constant)[0], reference(name)[0])
+    off = factory(optax.piecewise_constant_schedule(1.0, {2: 0.0}), case().layers, **INTERVALS)
+    updates, _ = run(off)
+    assert all(u.any() for u in jax.tree.leaves(updates[1]))
+    assert not any(u.any() for u in jax.tree.leaves(updates[2]))
+
+
+def test_fallback_and_decay():
+    grads, stats = case().batches[0]
+    tx = make("tekfac", fallback=optax.sgd(2.0), weight_decay=0.1)
+    (updates,), _ = run(tx, [(grads, stats)])
+    assert_close(updates["norm"], jax.tree.map(lambda g: -2 * g, grads["norm"]))
+    decay = jax.tree.map(lambda p: -LEARNING_RATE * 0.1 * p, case().params)
+    plain = reference("tekfac")[0][0]
+    for key in ("first", "last"):
+        assert_close(updates[key], jax.tree.map(jnp.add, plain[key], decay[key]))
+
+
+@every_ready
+def test_parameters_are_not_needed_without_decay(name):
+    """As with optax.sgd and optax.adam."""
+    tx = make(name)
+    grads, stats = case().batches[0]
+    updates, _ = tx.update(grads, tx.init(case().params), stats=stats)
+    assert_close(updates, reference(name)[0][0])
+
+
+def test_traced_batch_size():
+    """`batch_size` may be an array: examples that count in a padded batch, say."""
+    tx = make("scale_by_tekfac", rescaling="running")
+    (grads, stats), params = case().batches[0], case().params
+    update = jax.jit(lambda g, state, n: tx.update(g, state, params, batch_size=n))
+    _, state = run(tx, [(grads, stats)])
+    traced, _ = update(grads, state, jnp.asarray(6))
+    static, _ = tx.update(grads, state, params, batch_size=6)
+    assert_close(traced, static)
+    with pytest.raises(ValueError, match="batch_size="):
+        tx.update(grads, state, params)
