@@ -119,9 +119,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def exit_with(error: Exception) -> NoReturn:
+def exit_with(error: Exception, command: str) -> NoReturn:
     """Prints the error as one sentence and ends with code 2."""
-    print(f"python -m benchmarks.train: {error}", file=sys.stderr)
+    print(f"python -m benchmarks.{command}: {error}", file=sys.stderr)
     raise SystemExit(2) from error
 
 

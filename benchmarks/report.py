@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -38,24 +39,32 @@ class Result(NamedTuple):
 
 
 def show_table(console: Console, results: Sequence[Result], target: float) -> None:
-    """Prints the final comparison; without frames where the output is no terminal."""
-    header = [
-        "optimizer", "learning rate", "train loss", "test accuracy %", f"epochs to {target:g} %",
-        "seconds", "median ms/step", "mean ms/step", "compile s",
-    ]  # fmt: skip
+    """Prints the final comparison: means over the seeds, ± their standard deviation."""
+    header = (
+        "", "learning\nrate", "train\nloss", "test\naccuracy %", f"epochs to\n{target:g} %",
+        "seconds", "median\nms/step", "mean\nms/step", "compile\ns",
+    )  # fmt: skip
     rows = [_row(result, target / 100) for result in results]
     if console.is_terminal:
-        table = Table()
+        # Narrow, so that it fits into 80 columns.
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         for i, title in enumerate(header):
             table.add_column(title, justify="right" if i else "left")
         for row in rows:
             table.add_row(*row)
         console.print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in (header, *rows):
-        first, *others = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        print("  ".join([first, *(c.strip().rjust(len(c)) for c in others)]))
+    else:
+        print(_plain_table([[title.replace("\n", " ") for title in header], *rows]))
+
+
+def _plain_table(rows: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(lines)
 
 
 def _row(result: Result, accuracy: float) -> list[str]:
@@ -64,10 +73,10 @@ def _row(result: Result, accuracy: float) -> list[str]:
     return [
         result.optimizer,
         f"{result.learning_rate:g}",
-        _mean_and_spread([run.train_loss for run in runs], "{:.1e}"),
-        _mean_and_spread([100 * _final_accuracy(run) for run in runs], "{:.2f}"),
-        _mean_and_spread([math.nan if e is None else e for e in reached], "{:.1f}"),
-        _mean_and_spread([sum(run.step_seconds) for run in runs], "{:.2f}"),
+        _mean([run.train_loss for run in runs], "{:.1e}", spread=False),
+        _mean([100 * _final_accuracy(run) for run in runs], "{:.1f}"),
+        _mean([math.nan if epochs is None else epochs for epochs in reached], "{:.1f}"),
+        _mean([sum(run.step_seconds) for run in runs], "{:.2f}", spread=False),
         f"{statistics.median(run.median_step_ms for run in runs):.2f}",
         f"{statistics.fmean(run.mean_step_ms for run in runs):.2f}",
         f"{result.compile_seconds:.1f}",
@@ -81,13 +90,17 @@ def _final_accuracy(run: Run) -> float:
     return run.epochs[-1].test_accuracy
 
 
-def _mean_and_spread(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation; a dash where not every seed got there."""
-    if not all(math.isfinite(value) for value in values):
-        missing = sum(not math.isfinite(value) for value in values)
-        return "-" if missing == len(values) else f"- ({missing} of {len(values)} not)"
+def _mean(values: Sequence[float], form: str, *, spread: bool = True) -> str:
+    """Mean ± standard deviation; where some seeds have no value: how many have one."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return "-"
+    if len(finite) < len(values):
+        return f"in {len(finite)} of {len(values)}"
     mean = form.format(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+    if len(values) == 1 or not spread:
+        return mean
+    return f"{mean} ± {form.format(statistics.stdev(values))}"
 
 
 # --- the curves ----------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         if options.batch_size < 1 or options.rounds < 1:
             raise UsageError("--batch-size and --rounds must be 1 or more")
     except UsageError as error:
-        exit_with(error)
+        exit_with(error, "speed")
     results = {name: measure(name, options.batch_size, options.rounds) for name in names}
     _show(results)
     options.out.mkdir(parents=True, exist_ok=True)

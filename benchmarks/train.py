@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         _run(parse(argv))
     except (DataError, UsageError) as error:
-        exit_with(error)
+        exit_with(error, "train")
 
 
 def _run(options: Any) -> None:
@@ -42,8 +42,8 @@ def _run(options: Any) -> None:
     title = (
         f"{options.model} ({task.num_parameters:,} parameters) on {options.dataset}: "
         f"{len(dataset.train_labels)} training images, "
-        f"batch {options.batch_size}, {options.epochs} epochs of {task.steps_per_epoch} steps, "
-        f"{options.seeds} seed{'s' * (options.seeds > 1)}"
+        f"batch {options.batch_size}, {_count(options.epochs, 'epoch')} of "
+        f"{_count(task.steps_per_epoch, 'step')}, {_count(options.seeds, 'seed')}"
     )
     print(title, flush=True)
     results = [_compare(console, task, name, options) for name in options.optimizers]
@@ -88,6 +88,10 @@ def _compare(console: Console, task: Task, name: str, options: Any) -> Result:
             describe(f"learning rate {rate:g}, seed {seed}")
             runs.append(trainer.train(rate, epochs=options.epochs, seed=seed, on_epoch=advance))
     return Result(name, rate, search, trainer.compile_seconds, runs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _describe_search(name: str, search: Search) -> str:

@@ -274,7 +274,7 @@ def _read_batch(
                 'rescaling="running" needs the number of examples in the batch: pass stats=, or '
                 "batch_size= to update"
             )
-        return _Batch(jnp.asarray(batch_size or 1), jnp.asarray(1.0))
+        return _Batch(jnp.asarray(1 if batch_size is None else batch_size), jnp.asarray(1.0))
     captured = check_statistics(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
