@@ -116,7 +116,8 @@ def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
         return time.perf_counter() - started
 
     for _ in range(2):  # the first steps touch new memory, and fill the curvature
-        step("sgd"), step("adam"), step("tekfac", _COUNTS["all three"])
+        for optimizer, count in (("sgd", None), ("adam", None), ("tekfac", _COUNTS["all three"])):
+            step(optimizer, count)
     times: dict[str, list[float]] = {key: [] for key in ("sgd", "adam", *_COUNTS)}
     for _ in range(rounds):
         times["sgd"].append(step("sgd"))
