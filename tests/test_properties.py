@@ -533,3 +533,32 @@ def test_batch_norm_in_train_mode_keeps_the_sum():
         a, u = normal_form(spec, stats.layers[path][0], jnp.float64)
         total = jnp.einsum("nti,nto->io", a, u * stats.scale) / len(x)
         assert relative(total, oracles.matrix(grads[path])) <= 1e-11
+
+
+# Averages ----------------------------------------------------------------------------------------
+
+
+def test_averages_weigh_the_old_value_with_the_decay_and_are_debiased():
+    """After x₁, x₂: (β(1−β)x₁ + (1−β)x₂) / (1−β²), for the raw factors and for Θ."""
+    a, u = np.random.default_rng(5).normal(size=(2, 2, 9, 3))
+    params, layers, first = _dense_statistics(a[0], u[0])
+    second = _dense_statistics(a[1], u[1])[2]
+    # The basis stays, so that Θ is averaged without being transported.
+    tx = tekfac.scale_by_tekfac(
+        layers, factor_interval=1, eigenbasis_interval=9, rescaling_interval=1,
+        factor_decay=0.8, rescaling_decay=0.6,
+    )  # fmt: skip
+    update = jax.jit(lambda state, stats: tx.update(params, state, stats=stats)[1])
+    state = update(tx.init(params), first)
+    c = tekfac.curvature(update(state, second))["~"]
+    g = np.einsum("bni,bno->bnio", a, u)
+    phi = np.einsum("bnio,bnjo->bij", g, g) / 9
+    theta = ((np.asarray(c.q_phi).T @ g @ np.asarray(c.q_psi)) ** 2).mean(axis=1)
+
+    def average(beta, x):
+        return (beta * (1 - beta) * x[0] + (1 - beta) * x[1]) / (1 - beta**2)
+
+    expected = average(0.8, phi)
+    assert float(c.delta) == pytest.approx(np.trace(expected), rel=EXACT)
+    assert relative(c.phi, expected / np.trace(expected)) <= EXACT
+    assert relative(c.theta, average(0.6, theta)) <= EXACT
