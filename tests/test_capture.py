@@ -7,13 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.core import freeze
 
 import tekfac_jax as tekfac
 from tekfac_jax._layers import normal_form
@@ -463,7 +463,7 @@ def test_two_models_in_one_tree():
 @pytest.mark.parametrize(
     ("wrap", "unwrap"),
     [
-        (flax.core.freeze, lambda params: params),
+        (freeze, lambda params: params),
         (lambda params: (params, {}), lambda params: params[0]),
         (lambda params: [None, params], lambda params: params[1]),
         (lambda params: {0: {"a.b": params}}, lambda params: params[0]["a.b"]),
@@ -1109,23 +1109,6 @@ def tied_in_loss(apply, params, x):
 
 def two_paths(apply, params, x):
     return losses_of(apply({"params": {**params, "other": params["odd"]}}, x))
-
-
-@jax.custom_vjp
-def _through(y):
-    return y
-
-
-_through.defvjp(lambda y: (y, None), lambda _, g: (g,))
-
-
-def under(transform):
-    """A transformation around half of the model: the loss sees it twice, once untouched."""
-
-    def losses(apply, params, x):
-        return losses_of(transform(lambda p, x: apply({"params": p}, x))(params, x))
-
-    return losses
 
 
 def own_custom_vjp(f):
