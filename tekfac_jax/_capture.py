@@ -14,6 +14,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tekfac_jax._flax_layers import is_supported
@@ -240,12 +241,14 @@ def tapped_with(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         counts: collections.Counter[Any] = collections.Counter()
 
         def capture(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            y = next_fun(*args, **kwargs)
             module, x = context.module, layer_input(args, kwargs)
-            if context.method_name != "__call__" or not is_supported(module) or x is None:
-                return y
-            if "kernel" not in parameters_of(module):
-                return y
+            is_layer = context.method_name == "__call__" and is_supported(module)
+            # Asked before the call: `init` makes the kernel during it, and is no use of a layer.
+            if not is_layer or x is None or "kernel" not in parameters_of(module):
+                return next_fun(*args, **kwargs)
+            y = next_fun(*args, **kwargs)
+            if plan.cached:
+                stack.enter_context(fresh_trace())
             key = call_key(module, counts)
             if key not in waiting:
                 return y
@@ -256,9 +259,10 @@ def tapped_with(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
                 )
             return _tag(y, lax.stop_gradient(x.astype(call.input.dtype)), slot)
 
-        with nn.intercept_methods(capture):
-            with fresh_trace() if plan.cached else contextlib.nullcontext():
-                result = fn(params, *args, **kwargs)
+        with contextlib.ExitStack() as stack, nn.intercept_methods(capture):
+            if plan.cached:
+                stack.enter_context(fresh_trace())
+            result = fn(params, *args, **kwargs)
         if waiting:
             missing = sorted("/".join(key[0]) or "~" for key in waiting)
             raise ValueError(
@@ -285,7 +289,7 @@ def _check_reduction(reduction: Any) -> None:
                 f'reduction must be "mean", "sum" or the number that the loss was divided by, '
                 f"got {reduction!r}"
             )
-    elif isinstance(reduction, bool | None) or jnp.shape(reduction) != ():
+    elif isinstance(reduction, bool | None) or np.shape(reduction) != ():
         raise ValueError(f"reduction must be a scalar, got {reduction!r}")
     elif isinstance(reduction, int | float) and not 0 < reduction < float("inf"):
         raise ValueError(f"reduction must be a positive number, got {reduction!r}")

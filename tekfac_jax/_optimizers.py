@@ -75,7 +75,8 @@ def clip_by_kl(
         eta: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         products = jax.tree.map(_inner_product, counted, directions, updates)
         total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
-        factor = kl_factor(total, eta, max_kl).astype(state.factor.dtype)
+        eta, kappa = (jnp.asarray(x).astype(total.dtype) for x in (eta, max_kl))
+        factor = kl_factor(total, eta, kappa).astype(state.factor.dtype)
         clipped = jax.tree.map(
             lambda use, d: jnp.where(use, d * factor.astype(d.dtype), d), counted, directions
         )
@@ -199,10 +200,12 @@ def _ready(
     direction = scale_by(layers, **options)
     if kl_clip is not None:
         direction = clip_by_kl(direction, learning_rate, kl_clip)
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     captured = optax.chain(
         direction,
         optax.identity() if momentum is None else optax.trace(momentum),
-        optax.add_decayed_weights(weight_decay),
+        # Decay needs the parameters at update; without it nobody has to pass them.
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
     if fallback is None:

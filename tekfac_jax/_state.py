@@ -129,8 +129,8 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     def read(layer: LayerState) -> Curvature:
         return Curvature(
             delta=layer.delta,
-            phi=_unit_trace(layer.phi),
-            psi=_unit_trace(layer.psi),
+            phi=unit_trace(layer.phi),
+            psi=unit_trace(layer.psi),
             q_phi=layer.q_phi,
             q_psi=layer.q_psi,
             theta=debiased(layer.theta, layer.theta_weight),
@@ -139,7 +139,8 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     return {path: read(layer) for path, layer in _layer_states(opt_state).items()}
 
 
-def _unit_trace(factor: jax.Array) -> jax.Array:
+def unit_trace(factor: jax.Array) -> jax.Array:
+    """A factor divided by its trace; I/dim while it is zero."""
     trace = jnp.trace(factor)
     nothing = jnp.eye(factor.shape[0], dtype=factor.dtype) / factor.shape[0]
     return jnp.where(trace > 0, factor / jnp.where(trace > 0, trace, 1), nothing)
@@ -206,7 +207,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     """
 
     def spread(factor: jax.Array, q: jax.Array) -> jax.Array:
-        return jnp.max(eigenvalues_in(_unit_trace(factor), q)) * factor.shape[0]
+        return jnp.max(eigenvalues_in(unit_trace(factor), q)) * factor.shape[0]
 
     scalars = {}
     for path, layer in _layer_states(opt_state).items():

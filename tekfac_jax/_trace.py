@@ -5,6 +5,7 @@ done and nothing is differentiated here.
 """
 
 import collections
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import dtypes
 from jax.experimental.xla_metadata import set_xla_metadata
 
@@ -71,9 +73,11 @@ def trace_layers(
     paths = [path for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     others, others_treedef = jax.tree.flatten((args, kwargs))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in others]
+    is_array = [_is_traced(leaf) for leaf in others]
     calls: list[Call] = []
     owners: dict[int, str] = {}
+
+    static_output: list[Any] = []
 
     def traced(leaves: list[Any], arrays: list[Any]) -> Any:
         remaining = iter(arrays)
@@ -82,17 +86,33 @@ def trace_layers(
             for leaf, is_arr in zip(others, is_array, strict=True)
         ]
         args, kwargs = jax.tree.unflatten(others_treedef, merged)
-        with nn.intercept_methods(_observer(calls, owners)):
-            return fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+        with contextlib.ExitStack() as stack, nn.intercept_methods(_observer(calls, owners, stack)):
+            output = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+        # An auxiliary output may hold anything; a trace returns arrays only.
+        outputs, output_treedef = jax.tree.flatten(output)
+        static_output[:] = [output_treedef, [getattr(o, "aval", o) for o in outputs]]
+        return [o for o in outputs if hasattr(o, "dtype")]
 
     arrays = [leaf for leaf, is_arr in zip(others, is_array, strict=True) if is_arr]
     with fresh_trace():
-        jaxpr, output = jax.make_jaxpr(traced, return_shape=True)(leaves, arrays)
+        jaxpr = jax.make_jaxpr(traced)(leaves, arrays)
+    output = jax.tree.unflatten(*static_output)
     return Trace(calls, owners, read_usage(jaxpr, len(leaves)), paths, output)
 
 
-def _observer(calls: list[Call], owners: dict[int, str]) -> Callable[..., Any]:
-    """Interceptor of the abstract trace: notes and marks, changes nothing."""
+def _is_traced(leaf: Any) -> bool:
+    """Arrays are traced; Python's and numpy's scalars, like every other object, stay static."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
+
+
+def _observer(
+    calls: list[Call], owners: dict[int, str], stack: contextlib.ExitStack
+) -> Callable[..., Any]:
+    """Interceptor of the abstract trace: notes and marks, changes nothing.
+
+    After each layer the trace is fresh again: a function that is traced once and called twice
+    would show the interceptor one call only.
+    """
     numbers = itertools.count()
     counts: collections.Counter[Any] = collections.Counter()
 
@@ -112,6 +132,7 @@ def _observer(calls: list[Call], owners: dict[int, str]) -> Callable[..., Any]:
         _mark_parameters(module, number)
         mark(x, number, "begin")
         y = next_fun(*args, **kwargs)
+        stack.enter_context(fresh_trace())
         mark(y, number, "end")
         key = call_key(module, counts)
         dtype = dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
@@ -146,12 +167,11 @@ def call_key(module: nn.Module, counts: collections.Counter[Any]) -> Any:
 def parameters_of(module: nn.Module) -> dict[str, Any]:
     """The arrays that stand directly in the module's own parameter dict."""
     own = module.variables.get("params", {})
-    return {name: value for name, value in own.items() if not isinstance(value, Mapping)}
+    return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}
 
 
 def _mark_parameters(module: nn.Module, number: int, prefix: str = "") -> None:
     for name, value in parameters_of(module).items():
-        value = nn.unbox(value)
         if hasattr(value, "shape"):
             mark(value, number, prefix + re.sub(r"\W", "_", name))
 
@@ -209,6 +229,8 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
 def _verdict(call: Call, marks: dict[str, Marked], trace: Trace) -> LayerSpec | str:
     """The spec of one call, or why that call cannot be captured."""
     begin, kernel, bias = marks["begin"], marks["kernel"], marks.get("bias")
+    if call.number in trace.usage.repeated:
+        return "inside a jitted or checkpointed function that is called more than once"
     if begin.inside:
         return f"inside {begin.inside}: what happens there cannot be captured yet"
     if begin.ndim != len(call.input.shape):
@@ -327,21 +349,21 @@ def batch_plan(
                 "Call find_layers again."
             )
     covered = {path: findings.covered[path] for path in layers}
-    numbers = {call.number for calls in covered.values() for call in calls}
-    cached = any(m.cached for (number, _), m in trace.usage.marked.items() if number in numbers)
+    # Of any layer, captured or not: a cached trace would shift the count of the calls after it.
+    cached = any(marked.cached for marked in trace.usage.marked.values())
     return Plan(covered, common_batch_size(trace, covered), cached, trace.output)
 
 
 def common_batch_size(trace: Trace, covered: Mapping[str, list[Call]]) -> int:
-    sizes = {path: call.input.shape[0] for path, calls in covered.items() for call in calls}
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{path}: {size}" for path, size in sizes.items())
+    sizes = {(path, call.input.shape[0]) for path, calls in covered.items() for call in calls}
+    if len({size for _, size in sizes}) > 1:
+        listed = ", ".join(f"{path}: {size}" for path, size in sorted(sizes))
         raise ValueError(
             f"layers disagree on the batch size, the leading axis of their inputs ({listed}). "
             "Keep the batch as the leading axis, or leave the odd ones out with "
             "find_layers(..., skip=...)."
         )
-    size = next(iter(sizes.values()))
+    _, size = next(iter(sizes))
     if size == 0:
         raise ValueError("the batch is empty: the leading axis of the layers' inputs is 0")
     return size

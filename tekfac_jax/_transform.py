@@ -28,6 +28,7 @@ from tekfac_jax._state import (
     debiased,
     initial_state,
     is_valid,
+    unit_trace,
 )
 
 
@@ -129,7 +130,7 @@ class _Tools(NamedTuple):
         )
         if self.options.axis_name is not None:
             total = lax.psum(total, self.options.axis_name)
-        return jax.tree.map(lambda x: x / captured.examples, total)
+        return jax.tree.map(lambda x: x / captured.examples.astype(x.dtype), total)
 
 
 def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
@@ -213,9 +214,10 @@ def update_running_rescaling(
     """
 
     def average(layer: LayerState) -> LayerState:
-        mean = gradient.astype(layer.theta.dtype) * batch.to_mean
+        dtype = layer.theta.dtype
+        mean = gradient.astype(dtype) * batch.to_mean.astype(dtype)
         rotated = rotate(mean, layer.q_phi, layer.q_psi)
-        return _average_theta(tools, layer, batch.examples * rotated**2)
+        return _average_theta(tools, layer, batch.examples.astype(dtype) * rotated**2)
 
     due = tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
     return tools.refresh(due & layer.basis_valid, average, layer)
@@ -223,10 +225,9 @@ def update_running_rescaling(
 
 def _eigenvalue_product(layer: LayerState) -> LayerState:
     """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
-    lambda_phi = eigenvalues_in(layer.phi, layer.q_phi)
-    lambda_psi = eigenvalues_in(layer.psi, layer.q_psi)
-    trace = jnp.trace(layer.phi) * jnp.trace(layer.psi)
-    product = jnp.outer(lambda_phi, lambda_psi) * (layer.delta / jnp.where(trace > 0, trace, 1))
+    lambda_phi = eigenvalues_in(unit_trace(layer.phi), layer.q_phi)
+    lambda_psi = eigenvalues_in(unit_trace(layer.psi), layer.q_psi)
+    product = layer.delta * jnp.outer(lambda_phi, lambda_psi)
     return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
 
 
@@ -294,14 +295,14 @@ def check_statistics(stats: Any, layers: Layers) -> int:
             f"{sorted(set(layers) - set(stats.layers))}, unknown "
             f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
         )
-    sizes = {}
+    sizes = set()
     for path, spec in layers.items():
         for capture in stats.layers[path]:
             _check_capture(path, spec, capture)
-            sizes[path] = capture.u.shape[0]
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"statistics disagree on the batch size: {sizes}")
-    return next(iter(sizes.values()))
+            sizes.add((path, capture.u.shape[0]))
+    if len({size for _, size in sizes}) != 1:
+        raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
+    return next(iter(sizes))[1]
 
 
 def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:

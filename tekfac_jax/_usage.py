@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
@@ -50,10 +51,12 @@ class Usage(NamedTuple):
     Attributes:
         marked: (call number, role) -> where it is.
         entangled: leaves that meet the data elsewhere than in the layer that owns them.
+        repeated: numbers of calls that stand more than once in the program.
     """
 
     marked: dict[tuple[int, str], Marked]
     entangled: frozenset[int]
+    repeated: frozenset[int]
 
 
 class _Value(NamedTuple):
@@ -82,7 +85,7 @@ def read_usage(jaxpr: core.ClosedJaxpr, num_leaves: int) -> Usage:
     ]
     constants = [_Value(data=bool(v.aval.shape)) for v in body.constvars]
     reader.walk(body, constants, inputs)
-    return Usage(reader.marked, frozenset(reader.entangled))
+    return Usage(reader.marked, frozenset(reader.entangled), frozenset(reader.repeated))
 
 
 class _Reader:
@@ -91,6 +94,7 @@ class _Reader:
     def __init__(self) -> None:
         self.marked: dict[tuple[int, str], Marked] = {}
         self.entangled: set[int] = set()
+        self.repeated: set[int] = set()
         self.open: dict[int, set[int]] = {}  # layer calls being executed -> leaves they own
         self.depth = 0  # surrounding calls
 
@@ -129,6 +133,8 @@ class _Reader:
 
     def meet(self, marker: tuple[int, str], found: Marked) -> None:
         call, role = marker
+        if role == "begin" and marker in self.marked:
+            self.repeated.add(call)
         self.marked[marker] = found
         if role == "end":
             self.open.pop(call, None)
@@ -141,7 +147,8 @@ class _Reader:
         name = eqn.primitive.name
         owned: set[int | None] = {None}.union(*self.open.values())
         if name in _COPIES and len(operands) == 1 and operands[0].leaf is not None:
-            return operands[0]
+            if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # rounding is no copy
+                return operands[0]
         foreign = [v.reads if v.leaf in owned else v.reads | {v.leaf} for v in operands]
         reads: frozenset[Any] = frozenset().union(*foreign)
         data = any(v.data for v in operands) or bool(self.open)
