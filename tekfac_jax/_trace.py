@@ -218,8 +218,11 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     for (number, _), marked in trace.usage.marked.items():
         if marked.leaf is not None and number in trace.owners:
             reasons.setdefault(marked.leaf, f"{trace.owners[number]} is not a supported layer")
+    unknown = "no supported layer was seen to use it as its own"
+    if homeless:
+        unknown += f" (seen with other kernels: {'; '.join(sorted(set(homeless)))})"
     uncovered = {
-        join_path(path): reasons.get(i, "no supported layer was seen to use it as its own")
+        join_path(path): reasons.get(i, unknown)
         for i, path in enumerate(trace.paths)
         if reasons.get(i) != ""
     }
