@@ -90,7 +90,9 @@ def value_grad_and_stats(
     """`jax.value_and_grad` over argument 0 that also returns curvature statistics.
 
     The statistics come out of the same forward and backward pass: they are those of the
-    empirical Fisher (labels of the batch). Value and gradient are those of `jax.value_and_grad`.
+    empirical Fisher (labels of the batch). Value and gradient are those of `jax.value_and_grad`,
+    to the last bit where `stats` is not used; as outputs of a compiled step the statistics may
+    keep XLA from a fusion, and then sums round differently.
 
     Args:
         loss_fn: scalar loss of (params, *args, **kwargs). The leading axis of every layer input

@@ -154,6 +154,11 @@ def at_least_float32(dtype: Any) -> Any:
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros that also vary over the axes of `jax.shard_map` that `shape` varies over."""
+    return lax.full_like(shape, 0)
+
+
 def replace(spec: LayerSpec, **changes: Any) -> LayerSpec:
     """A copy of `spec` with some fields changed."""
     return dataclasses.replace(spec, **changes)

@@ -51,14 +51,7 @@ def clip_by_kl(
         >>> print(updates)
         [5. 5. 5. 5.]
     """
-    check_number(
-        "max_kl",
-        max_kl,
-        0,
-        math.inf,
-        "1e-3 is usual; None in tekfac(...) turns the clip off",
-        open_low=True,
-    )
+    check_number("max_kl", max_kl, 0, math.inf, "1e-3 is usual", open_low=True)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
     inner = optax.with_extra_args_support(inner)
@@ -199,6 +192,7 @@ def _ready(
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
     direction = scale_by(layers, **options)
     if kl_clip is not None:
+        check_number("kl_clip", kl_clip, 0, math.inf, "None turns the clip off", open_low=True)
         direction = clip_by_kl(direction, learning_rate, kl_clip)
     no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
     captured = optax.chain(

@@ -5,7 +5,10 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from tekfac_jax._damping import Damping, FcDamping
 from tekfac_jax._layers import Layers
@@ -61,7 +64,8 @@ def validate(layers: Any, options: Options) -> Options:
 
 
 def _check_interval(name: str, value: Any) -> None:
-    if _is_array(value):
+    value = _as_python(value)
+    if isinstance(value, Tracer):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(
@@ -72,8 +76,9 @@ def _check_interval(name: str, value: Any) -> None:
 def check_number(
     name: str, value: Any, low: float, high: float, remedy: str, *, open_low: bool = False
 ) -> None:
-    """Raises unless `value` is an array or a number in [low, high), (low, high) with `open_low`."""
-    if _is_array(value):
+    """Raises unless `value` is traced, or in [low, high), (low, high) with `open_low`."""
+    value = _as_python(value)
+    if isinstance(value, Tracer):
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (low < value if open_low else low <= value) or not value < high:
@@ -90,8 +95,10 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = ""
         raise ValueError(f"{name} must be one of {listed} {also}".rstrip() + f", got {value!r}")
 
 
-def _is_array(value: Any) -> bool:
-    return hasattr(value, "dtype") and hasattr(value, "shape")
+def _as_python(value: Any) -> Any:
+    """A scalar array or numpy scalar as a Python number; anything else as it is."""
+    is_scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and value.shape == ()
+    return value.item() if is_scalar and not isinstance(value, Tracer) else value
 
 
 def _factor_dtype(dtype: Any) -> Any:

@@ -160,6 +160,15 @@ def stats_due(opt_state: Any) -> jax.Array:
 
     Raises:
         ValueError: there is no such state inside.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
+        >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
+        >>> bool(tekfac.stats_due(opt_state))  # nothing is known yet
+        True
     """
     return jnp.any(jnp.stack([state.due for state in _find(opt_state, ScaleByTekfacState)]))
 
@@ -175,6 +184,15 @@ def memory_usage(opt_state: Any) -> dict[str, dict[str, int]]:
 
     Raises:
         ValueError: there is no such state inside.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
+        >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
+        >>> tekfac.memory_usage(opt_state)
+        {'params': {'factors': 180, 'eigenbasis': 180, 'rescaling': 72}}
     """
 
     def size(*arrays: Any) -> int:
@@ -204,6 +222,21 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
     Raises:
         ValueError: there is no such state inside.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
+        >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
+        >>> for name, value in tekfac.diagnostics(opt_state).items():
+        ...     print(name, value)
+        params/trace 0.0
+        params/damping 0.0
+        params/phi_spread 0.0
+        params/psi_spread 0.0
+        params/failures 0
+        kl_clip 1.0
     """
 
     def spread(factor: jax.Array, q: jax.Array) -> jax.Array:
@@ -235,6 +268,15 @@ def check_state(opt_state: Any, layers: Layers) -> str:
 
     Raises:
         ValueError: there is no such state inside.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
+        >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
+        >>> tekfac.check_state(opt_state, layers)
+        ''
     """
     states = _layer_states(opt_state)
     missing, extra = sorted(set(layers) - set(states)), sorted(set(states) - set(layers))

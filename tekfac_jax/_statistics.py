@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from tekfac_jax._layers import Capture, LayerSpec, normal_form
+from tekfac_jax._layers import Capture, LayerSpec, normal_form, zeros_like
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -135,7 +135,7 @@ def sum_over_examples(
     chunks, rest = divmod(n, size)
     split = jax.tree.map(lambda x: x[: n - rest].reshape(chunks, size, *x.shape[1:]), captures)
     first = jax.tree.map(lambda x: x[0], split)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(partial_sum, first))
+    zero = jax.tree.map(zeros_like, jax.eval_shape(partial_sum, first))
     if rest:
         zero = partial_sum(jax.tree.map(lambda x: x[n - rest :], captures))
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
 from jax.experimental.xla_metadata import set_xla_metadata
@@ -26,6 +25,7 @@ from tekfac_jax._layers import (
     join_path,
     parameter_path,
     replace,
+    zeros_like,
 )
 from tekfac_jax._usage import Marked, Usage, mark, read_usage
 
@@ -48,6 +48,7 @@ class Call(NamedTuple):
 class Trace(NamedTuple):
     calls: list[Call]
     owners: dict[int, str]  # marker number -> type of a module of no supported type
+    differentiated: set[int]  # numbers of calls that the function itself differentiates
     usage: Usage
     paths: list[tuple[Any, ...]]  # key path of each leaf of argument 0
     output: Any
@@ -76,7 +77,7 @@ def trace_layers(
     is_array = [_is_traced(leaf) for leaf in others]
     calls: list[Call] = []
     owners: dict[int, str] = {}
-
+    differentiated: set[int] = set()
     static_output: list[Any] = []
 
     def traced(leaves: list[Any], arrays: list[Any]) -> Any:
@@ -86,7 +87,9 @@ def trace_layers(
             for leaf, is_arr in zip(others, is_array, strict=True)
         ]
         args, kwargs = jax.tree.unflatten(others_treedef, merged)
-        with contextlib.ExitStack() as stack, nn.intercept_methods(_observer(calls, owners, stack)):
+        with contextlib.ExitStack() as stack:
+            observer = _observer(calls, owners, differentiated, stack)
+            stack.enter_context(nn.intercept_methods(observer))
             output = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
         # An auxiliary output may hold anything; a trace returns arrays only.
         outputs, output_treedef = jax.tree.flatten(output)
@@ -97,7 +100,7 @@ def trace_layers(
     with fresh_trace():
         jaxpr = jax.make_jaxpr(traced)(leaves, arrays)
     output = jax.tree.unflatten(*static_output)
-    return Trace(calls, owners, read_usage(jaxpr, len(leaves)), paths, output)
+    return Trace(calls, owners, differentiated, read_usage(jaxpr, len(leaves)), paths, output)
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -106,7 +109,10 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def _observer(
-    calls: list[Call], owners: dict[int, str], stack: contextlib.ExitStack
+    calls: list[Call],
+    owners: dict[int, str],
+    differentiated: set[int],
+    stack: contextlib.ExitStack,
 ) -> Callable[..., Any]:
     """Interceptor of the abstract trace: notes and marks, changes nothing.
 
@@ -131,7 +137,7 @@ def _observer(
             return next_fun(*args, **kwargs)
         _mark_parameters(module, number)
         mark(x, number, "begin")
-        y = next_fun(*args, **kwargs)
+        y = _watched(next_fun(*args, **kwargs), lambda: differentiated.add(number))
         stack.enter_context(fresh_trace())
         mark(y, number, "end")
         key = call_key(module, counts)
@@ -141,8 +147,8 @@ def _observer(
                 number,
                 key,
                 describe(module, x, y, parameters["kernel"]),
-                jax.ShapeDtypeStruct(x.shape, dtype),
-                jax.ShapeDtypeStruct(y.shape, y.dtype),
+                jax.eval_shape(lambda x: x.astype(dtype), x),
+                jax.eval_shape(lambda y: y, y),
                 parameters["kernel"].shape,
                 type(module).__name__,
             )
@@ -150,6 +156,26 @@ def _observer(
         return y
 
     return observe
+
+
+def _watched(y: jax.Array, on_derivative: Callable[[], None]) -> jax.Array:
+    """`y`; calls `on_derivative` where the traced function differentiates it.
+
+    The trace itself differentiates nothing, so the rule runs only for a `jax.grad`, `jax.vjp` or
+    `jax.jvp` inside the function. The cotangents of that derivative would reach the capture as
+    if they were the loss's, or, where only the primal output is used, none would.
+    """
+
+    @jax.custom_jvp
+    def watched(y: jax.Array) -> jax.Array:
+        return y
+
+    @watched.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        on_derivative()
+        return primals[0], tangents[0]
+
+    return watched(y)
 
 
 def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -194,10 +220,13 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     homeless = []
     for call in trace.calls:
         marks = {role: m for (n, role), m in trace.usage.marked.items() if n == call.number}
-        if "begin" not in marks:
+        if call.number in trace.differentiated:
+            verdict: LayerSpec | str = _DIFFERENTIATED
+        elif "begin" in marks:
+            verdict = _verdict(call, marks, trace)
+        else:
             continue  # a trace that was thrown away: scan bodies are traced twice
-        verdict = _verdict(call, marks, trace)
-        kernel = marks["kernel"].leaf
+        kernel = marks["kernel"].leaf if "kernel" in marks else None
         if kernel is None:
             homeless.append(f"{call.type_name} {'/'.join(call.key[0]) or '~'}: {verdict}")
             continue
@@ -227,6 +256,9 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
         if reasons.get(i) != ""
     }
     return Findings(specs, covered, uncovered, homeless)
+
+
+_DIFFERENTIATED = "differentiated inside the function itself (by jax.grad, vjp, jvp, linearize)"
 
 
 def _verdict(call: Call, marks: dict[str, Marked], trace: Trace) -> LayerSpec | str:
@@ -318,11 +350,8 @@ class Plan(NamedTuple):
     output: Any
 
     def slots(self) -> Captures:
-        def zeros(s: jax.ShapeDtypeStruct) -> jax.Array:
-            return jnp.zeros(s.shape, s.dtype)
-
         return {
-            path: tuple(Capture(zeros(call.input), zeros(call.output)) for call in calls)
+            path: tuple(Capture(zeros_like(c.input), zeros_like(c.output)) for c in calls)
             for path, calls in self.calls.items()
         }
 

@@ -17,9 +17,10 @@ import optax
 from jax import lax
 
 from tekfac_jax import _statistics
+from tekfac_jax._batch import Batch, read_batch
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, precondition, rotate, transport
-from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics, call_positions
+from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
 from tekfac_jax._pytrees import gather_matrices, scatter_matrices
 from tekfac_jax._state import (
@@ -61,7 +62,7 @@ def _algorithm(
         del params, extra_args
         gradients = gather_matrices(updates, layers)
         running = member.measured and options.rescaling == "running"
-        batch = _read_batch(stats, batch_size, layers, options.axis_name, required=running)
+        batch = read_batch(stats, batch_size, layers, options.axis_name, required=running)
         new = dict(state.layers)
         for path, spec in layers.items():
             tools = _Tools(spec, member, options, state.count)
@@ -100,11 +101,6 @@ class _Captured(NamedTuple):
     captures: tuple[Capture, ...]
     scale: jax.Array
     examples: jax.Array  # over all devices
-
-
-class _Batch(NamedTuple):
-    examples: jax.Array  # over all devices
-    to_mean: jax.Array  # what the gradient is multiplied by to be the mean over the examples
 
 
 class _Tools(NamedTuple):
@@ -206,7 +202,7 @@ def update_rescaling(tools: _Tools, layer: LayerState, captured: _Captured) -> L
 
 
 def update_running_rescaling(
-    tools: _Tools, layer: LayerState, gradient: jax.Array, batch: _Batch
+    tools: _Tools, layer: LayerState, gradient: jax.Array, batch: Batch
 ) -> LayerState:
     """Every T_RE steps: Θ from the mini-batch gradient alone, N (Q_Φᵀ ḡ Q_Ψ)².
 
@@ -255,75 +251,6 @@ def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options)
     due = [count % interval == 0 for interval in intervals]
     missing = [~layer.basis_valid | (layer.theta_weight == 0) for layer in layers.values()]
     return jnp.any(jnp.stack([*due, *missing]))
-
-
-# --- what comes in ---------------------------------------------------------------------------
-
-
-def _read_batch(
-    stats: Statistics | None,
-    batch_size: int | jax.Array | None,
-    layers: Layers,
-    axis_name: Any,
-    *,
-    required: bool,
-) -> _Batch:
-    """How many examples there are, and how the gradient is scaled."""
-    if stats is None:
-        if batch_size is None and required:
-            raise ValueError(
-                'rescaling="running" needs the number of examples in the batch: pass stats=, or '
-                "batch_size= to update"
-            )
-        return _Batch(jnp.asarray(1 if batch_size is None else batch_size), jnp.asarray(1.0))
-    captured = check_statistics(stats, layers)
-    local = jnp.asarray(captured if stats.examples is None else stats.examples)
-    local = local.astype(stats.scale.dtype)
-    total = local if axis_name is None else lax.psum(local, axis_name)
-    return _Batch(total, stats.scale / local)
-
-
-def check_statistics(stats: Any, layers: Layers) -> int:
-    """Raises if the statistics are not of these layers; returns how many examples were captured."""
-    if not isinstance(stats, Statistics):
-        raise ValueError(
-            f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
-        )
-    if set(stats.layers) != set(layers):
-        raise ValueError(
-            f"stats are of other layers than this transformation's: missing "
-            f"{sorted(set(layers) - set(stats.layers))}, unknown "
-            f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
-        )
-    sizes = set()
-    for path, spec in layers.items():
-        for capture in stats.layers[path]:
-            _check_capture(path, spec, capture)
-            sizes.add((path, capture.u.shape[0]))
-    if len({size for _, size in sizes}) != 1:
-        raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
-    return next(iter(sizes))[1]
-
-
-def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
-    features = len(spec.bias_shape)
-    if capture.u.shape[-features:] != spec.bias_shape:
-        raise ValueError(
-            f"stats of layer {path!r} have outputs of shape {capture.u.shape[-features:]}, the "
-            f"layer has {spec.bias_shape}. They come from another model, or find_layers saw other "
-            "shapes: call find_layers again."
-        )
-    inputs = spec.kernel_shape[: spec.contracted]
-    if spec.kind == "conv":
-        seen: tuple[int, ...] = capture.a.shape[-1:]
-        inputs = inputs[-1:]
-    else:
-        seen = tuple(capture.a.shape[axis] for axis in spec.axes)
-    if seen != inputs or call_positions(spec, capture.u.shape) < 1:
-        raise ValueError(
-            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. They "
-            "come from another model, or find_layers saw other shapes: call find_layers again."
-        )
 
 
 # --- public factories ------------------------------------------------------------------------

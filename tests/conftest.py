@@ -26,3 +26,10 @@ def x64():
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def x64_standard(x64):
+    """Float64, but with implicit promotion: Flax's normalisations need it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -173,8 +173,9 @@ _WRAPPERS = {
     "named_chain": lambda tx: optax.named_chain(("a", tx), ("b", optax.identity())),
     "masked": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda _: True, params)),
     "partition": lambda tx: optax.partition({"a": tx}, lambda p: jax.tree.map(lambda _: "a", p)),
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, every_k_schedule=1),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=2),
+    # Last: optax passes no further arguments to a MultiSteps inside something else.
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, every_k_schedule=1),
 }  # fmt: skip
 
 
@@ -182,6 +183,17 @@ _WRAPPERS = {
 def test_wrappers_change_nothing(wrapper):
     name = "tekfac"
     updates, state = Runner(_WRAPPERS[wrapper](make(name))).run(first_batches())
+    expected, expected_state = reference(name)
+    assert_close(updates, expected)
+    assert_close(tekfac.curvature(state), tekfac.curvature(expected_state))
+
+
+@every_transform
+def test_wrappers_in_one_another(name):
+    tx = make(name)
+    for wrap in _WRAPPERS.values():
+        tx = wrap(tx)
+    updates, state = Runner(tx).run(first_batches())
     expected, expected_state = reference(name)
     assert_close(updates, expected)
     assert_close(tekfac.curvature(state), tekfac.curvature(expected_state))
@@ -280,7 +292,7 @@ def test_map_over_the_parameters_in_the_state(name):
         assert sum(changed) == 3 + 2 * 2
 
 
-@pytest.mark.parametrize("name", ["scale_by_ekfac", "tekfac", "tkfac"])
+@every_transform
 def test_half_precision_gradients(name):
     tx = make(name)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), case().params)
@@ -361,7 +373,7 @@ def test_momentum_of_gradients_before_any_statistics(name):
 # --- state ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["kfac"])
+@every_transform
 def test_donation(name):
     tx, (grads, stats), params = make(name), case().batches[0], case().params
     update = jax.jit(
@@ -399,7 +411,7 @@ def test_flax_serialization(name):
     assert_same(serialization.from_bytes(make(name).init(case().params), as_bytes), state)
 
 
-@pytest.mark.parametrize("name", ["scale_by_tekfac", "tekfac"])
+@every_transform
 @pytest.mark.filterwarnings("ignore")
 def test_orbax(name, tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint")
@@ -612,7 +624,7 @@ def test_huge_and_tiny_statistics(name):
 # --- train state, schedules ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["scale_by_tekfac", "kfac", "sgd"])
+@pytest.mark.parametrize("name", [*FACTORIES, "sgd"])
 def test_train_state(name):
     params, (grads, stats) = case().params, case().batches[0]
     tx = optax.sgd(0.1) if name == "sgd" else make(name)

@@ -13,7 +13,7 @@ PACKAGE = Path(tekfac_jax.__file__).parent
 # From the ground up: a module imports only from modules that stand before it.
 ROOMS = [
     "_layers", "_usage", "_flax_layers", "_trace", "_capture", "_statistics", "_eigenbasis",
-    "_damping", "_options", "_pytrees", "_state", "_fisher", "_transform", "_optimizers",
+    "_damping", "_options", "_pytrees", "_state", "_fisher", "_batch", "_transform", "_optimizers",
     "train_state", "__init__",
 ]  # fmt: skip
 

@@ -1,0 +1,86 @@
+"""What comes into an update besides the gradient: the statistics, checked, and their batch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics, call_positions
+
+
+class Batch(NamedTuple):
+    """How many examples there are, and how the gradient is scaled."""
+
+    examples: jax.Array  # over all devices
+    to_mean: jax.Array  # what the gradient is multiplied by to be the mean over the examples
+
+
+def read_batch(
+    stats: Statistics | None,
+    batch_size: int | jax.Array | None,
+    layers: Layers,
+    axis_name: Any,
+    *,
+    required: bool,
+) -> Batch:
+    """The batch that the statistics are of, or, without statistics, that `batch_size` gives.
+
+    Raises:
+        ValueError: `required` and neither is given; statistics of other layers.
+    """
+    if stats is None:
+        if batch_size is None and required:
+            raise ValueError(
+                'rescaling="running" needs the number of examples in the batch: pass stats=, or '
+                "batch_size= to update"
+            )
+        return Batch(jnp.asarray(1 if batch_size is None else batch_size), jnp.asarray(1.0))
+    captured = check_statistics(stats, layers)
+    local = jnp.asarray(captured if stats.examples is None else stats.examples)
+    local = local.astype(stats.scale.dtype)
+    total = local if axis_name is None else lax.psum(local, axis_name)
+    return Batch(total, stats.scale / local)
+
+
+def check_statistics(stats: Any, layers: Layers) -> int:
+    """Raises if the statistics are not of these layers; returns how many examples were captured."""
+    if not isinstance(stats, Statistics):
+        raise ValueError(
+            f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
+        )
+    if set(stats.layers) != set(layers):
+        raise ValueError(
+            f"stats are of other layers than this transformation's: missing "
+            f"{sorted(set(layers) - set(stats.layers))}, unknown "
+            f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
+        )
+    sizes = set()
+    for path, spec in layers.items():
+        for capture in stats.layers[path]:
+            _check_capture(path, spec, capture)
+            sizes.add((path, capture.u.shape[0]))
+    if len({size for _, size in sizes}) != 1:
+        raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
+    return next(iter(sizes))[1]
+
+
+def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
+    features = len(spec.bias_shape)
+    if capture.u.shape[-features:] != spec.bias_shape:
+        raise ValueError(
+            f"stats of layer {path!r} have outputs of shape {capture.u.shape[-features:]}, the "
+            f"layer has {spec.bias_shape}. They come from another model, or find_layers saw other "
+            "shapes: call find_layers again."
+        )
+    inputs = spec.kernel_shape[: spec.contracted]
+    if spec.kind == "conv":
+        seen: tuple[int, ...] = capture.a.shape[-1:]
+        inputs = inputs[-1:]
+    else:
+        seen = tuple(capture.a.shape[axis] for axis in spec.axes)
+    if seen != inputs or call_positions(spec, capture.u.shape) < 1:
+        raise ValueError(
+            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. They "
+            "come from another model, or find_layers saw other shapes: call find_layers again."
+        )

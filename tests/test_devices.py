@@ -1,0 +1,145 @@
+"""Steps under `vmap`, `pmap` and `shard_map`: the numbers of one device, or of a loop."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tekfac_jax as tekfac
+from tests.capturing import (
+    EXACT,
+    SINGLE,
+    Net,
+    losses_of,
+    mlp,
+    mlp_case,
+    randn,
+    random_params,
+    relative_error,
+    x64,
+)
+
+
+def training_step(axis_name=None, mean_over=jax.lax.pmean):
+    model, x = Net(mlp), randn(6, 4)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    params = random_params(model, x)
+    layers = tekfac.find_layers(loss, params, x)
+    tx = optax.chain(
+        tekfac.scale_by_tekfac(layers, eigenbasis_interval=2, axis_name=axis_name), optax.sgd(0.1)
+    )
+
+    def step(params, opt_state, x):
+        _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+        if axis_name is not None:
+            grads = mean_over(grads, axis_name)
+        updates, opt_state = tx.update(grads, opt_state, params, stats=stats)
+        return optax.apply_updates(params, updates), opt_state
+
+    return step, params, tx, x
+
+
+@x64
+def test_vmap_over_a_training_step_is_a_loop():
+    step, params, tx, x = training_step()
+    ensemble = [jax.tree.map(lambda p, c=c: c * p, params) for c in (1.0, 1.5)]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ensemble)
+    states = jax.vmap(tx.init)(together)
+    for _ in range(3):
+        together, states = jax.jit(jax.vmap(step, in_axes=(0, 0, None)))(together, states, x)
+    for i, params in enumerate(ensemble):
+        state = tx.init(params)
+        for _ in range(3):
+            params, state = jax.jit(step)(params, state, x)
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        for key in params:
+            for name in ("kernel", "bias"):
+                assert relative_error(one[key][name], params[key][name]) <= EXACT
+
+
+def _pmap(step):
+    return jax.pmap(step, "devices", in_axes=(None, None, 0), devices=jax.devices()[:2])
+
+
+def _divide(grads, axis_name):
+    """With `check_vma` JAX itself adds up the gradients of replicated parameters."""
+    return jax.tree.map(lambda g: g / jax.lax.axis_size(axis_name), grads)
+
+
+def _shard_map(step, **options):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2], axis_types=auto)
+    spec = jax.sharding.PartitionSpec
+
+    def local(params, state, x):
+        return jax.tree.map(lambda leaf: leaf[None], step(params, state, x[0]))
+
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(spec(), spec(), spec("devices")),
+            out_specs=spec("devices"),
+            **options,
+        )
+    )
+
+
+@x64
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize(
+    ("over_devices", "mean_over"),
+    [
+        (_pmap, jax.lax.pmean),
+        (functools.partial(_shard_map, check_vma=False), jax.lax.pmean),
+        (functools.partial(_shard_map, check_vma=True), _divide),
+    ],
+    ids=["pmap", "shard_map", "shard_map with check_vma"],
+)
+@pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+def test_several_devices_are_one(over_devices, mean_over):
+    step, params, tx, x = training_step()
+    local_step, *_ = training_step("devices", mean_over)
+    state, local_params, local_state = tx.init(params), params, tx.init(params)
+    run = over_devices(local_step)
+    for _ in range(3):
+        params, state = jax.jit(step)(params, state, x)
+        replicas = run(local_params, local_state, x.reshape(2, 3, 4))
+        local_params, local_state = jax.tree.map(lambda leaf: leaf[0], replicas)
+        for leaf in jax.tree.leaves(replicas):
+            np.testing.assert_array_equal(leaf[0], leaf[1])
+    for key in params:
+        for name in ("kernel", "bias"):
+            assert relative_error(local_params[key][name], params[key][name]) <= 1e-9
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_captures_under_shard_map(check_vma):
+    """Each device captures its part of the batch, whether shard_map tracks replication or not."""
+    loss, params, x = mlp_case()
+    layers = tekfac.find_layers(loss, params, x)
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2])
+    replicated, split = (jax.sharding.PartitionSpec(*axes) for axes in ((), ("devices",)))
+
+    def captures(params, x):
+        _, _, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+        return jax.tree.map(lambda c: c * stats.scale, stats.layers)
+
+    in_specs = (replicated, split)
+    local = jax.shard_map(
+        captures, mesh=mesh, in_specs=in_specs, out_specs=split, check_vma=check_vma
+    )
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, split))
+        actual = jax.jit(local)(params, sharded)
+    expected = captures(params, x)
+    for path in layers:
+        assert relative_error(actual[path][0].u, expected[path][0].u) <= SINGLE

@@ -1,0 +1,283 @@
+"""Bad input gives an error that names the value, the range and the remedy."""
+
+import collections
+import functools
+import re
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tekfac_jax as tekfac
+from tests.capturing import (
+    SINGLE,
+    Net,
+    assert_sums_to_gradient,
+    losses_of,
+    mlp,
+    mlp_case,
+    randn,
+    random_params,
+)
+from tests.oracles import SCALE_BY
+
+
+def simple_case():
+    loss, params, x = mlp_case()
+    return loss, params, x, tekfac.find_layers(loss, params, x)
+
+
+def test_loss_that_is_no_scalar():
+    _, params, x, layers = simple_case()
+    model = Net(mlp)
+
+    def losses(params, x):
+        return losses_of(model.apply({"params": params}, x))
+
+    with pytest.raises(ValueError, match=r"scalar.*\(6,\).*mean"):
+        tekfac.value_grad_and_stats(losses, layers)(params, x)
+    with pytest.raises(ValueError, match=r"scalar.*tuple.*has_aux"):
+        tekfac.value_grad_and_stats(lambda p, x: (losses(p, x).mean(), x), layers)(params, x)
+    with pytest.raises(ValueError, match="pair"):
+        tekfac.value_grad_and_stats(lambda p, x: losses(p, x).mean(), layers, has_aux=True)(
+            params, x
+        )
+    with pytest.raises(ValueError, match=r"scalar.*int32"):
+        tekfac.value_grad_and_stats(
+            lambda p, x: losses(p, x).mean().astype(jnp.int32), layers
+        )(params, x)  # fmt: skip
+
+
+def test_parameters_elsewhere_than_in_argument_0():
+    loss, params, x, _ = simple_case()
+    with pytest.raises(ValueError, match="first argument"):
+        tekfac.find_layers(lambda x, params: loss(params, x), x, params)
+    with pytest.raises(ValueError, match="first argument"):
+        tekfac.find_layers(lambda nothing, x: loss(params, x), {}, x)
+    with pytest.raises(ValueError, match=r"first argument(.|\n)*Dense_0"):
+        tekfac.find_layers(lambda nothing, x: loss(params, x), {"w": x}, x)
+
+
+def test_no_supported_layer():
+    model, x = Net(lambda x: nn.LayerNorm()(x)), randn(5, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    with pytest.raises(ValueError, match=r"nn.Dense.*\n.*LayerNorm_0/bias: LayerNorm is not"):
+        tekfac.find_layers(loss, params, x)
+    loss, params, x, _ = simple_case()
+    with pytest.raises(ValueError, match=r"Dense_1/kernel: skipped"):
+        tekfac.find_layers(loss, params, x, skip="Dense")
+
+
+def test_layers_with_other_shapes_than_used():
+    loss, params, x, layers = simple_case()
+    model, wide = Net(mlp), randn(6, 7)
+    other = random_params(model, wide)
+    with pytest.raises(ValueError, match=r"'Dense_0'.*changed.*find_layers again"):
+        tekfac.value_grad_and_stats(loss, layers)(other, wide)
+    no_bias = Net(functools.partial(mlp, use_bias=False))
+    with pytest.raises(ValueError, match=r"'Dense_\d'.*changed.*find_layers again"):
+        tekfac.value_grad_and_stats(
+            lambda p, x: losses_of(no_bias.apply({"params": p}, x)).mean(), layers
+        )(params, x)
+
+
+def test_layer_that_is_missing_at_step_time():
+    loss, params, x, layers = simple_case()
+    short = Net(lambda x: nn.Dense(4)(x))
+
+    def short_loss(params, x):
+        return losses_of(short.apply({"params": params}, x)).mean()
+
+    with pytest.raises(ValueError, match=r"'Dense_1' cannot be captured.*find_layers"):
+        tekfac.value_grad_and_stats(short_loss, layers)(params, x)
+    with pytest.raises(ValueError, match=r"'Dense_\d' cannot be captured.*no such parameter"):
+        tekfac.value_grad_and_stats(lambda p, x: loss(p["a"], x), layers)({"a": params}, x)
+    with pytest.raises(ValueError, match=r"'Dense_\d'.*tied"):
+        tekfac.value_grad_and_stats(
+            lambda p, x: (
+                loss(p, x) + losses_of(x @ p["Dense_0"]["kernel"] @ p["Dense_1"]["kernel"]).mean()
+            ),
+            layers,
+        )(params, x)
+
+
+def test_layers_that_disagree_on_the_batch_size():
+    model = Net(lambda x: nn.Dense(2, name="Dense_1")(nn.Dense(3)(x).reshape(5, 9)))
+    x = randn(15, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    with pytest.raises(ValueError, match=r"Dense_0: 15.*Dense_1: 5.*skip="):
+        tekfac.find_layers(loss, params, x)
+    layers = tekfac.find_layers(loss, params, x, skip="Dense_0")
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    assert_sums_to_gradient(layers, stats, grads, SINGLE)
+
+
+def test_one_layer_called_with_two_batch_sizes():
+    """An auxiliary batch through the same layer: two sets of examples, nothing to pair them by."""
+    model, x = Net(mlp), randn(5, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        more = jnp.concatenate([x, x])
+        return sum(losses_of(model.apply({"params": params}, v)).mean() for v in (x, more))
+
+    with pytest.raises(ValueError, match="batch size"):
+        tekfac.find_layers(loss, params, x)
+
+
+@pytest.mark.parametrize(
+    "reduction", ["average", None, True, 0, -1.0, float("nan"), float("inf"), np.ones(3), [2.0]]
+)
+def test_unknown_reduction(reduction):
+    loss, _, _, layers = simple_case()
+    with pytest.raises(ValueError, match="reduction must be"):
+        tekfac.value_grad_and_stats(loss, layers, reduction=reduction)
+
+
+def test_layers_of_a_wrong_type():
+    loss, params, x, _ = simple_case()
+    for factory in (tekfac.value_grad_and_stats, tekfac.tap):
+        with pytest.raises(ValueError, match="find_layers, got dict"):
+            factory(loss, params)
+    with pytest.raises(ValueError, match="find_layers, got NoneType"):
+        tekfac.make_slots(loss, None, params, x)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="find_layers, got list"):
+        tekfac.scale_by_tekfac(list(params))  # pyright: ignore[reportArgumentType]
+
+
+def test_empty_batch():
+    loss, params, x, layers = simple_case()
+    with pytest.raises(ValueError, match="empty"):
+        tekfac.value_grad_and_stats(loss, layers)(params, x[:0])
+    with pytest.raises(ValueError, match="empty"):
+        tekfac.find_layers(loss, params, x[:0])
+
+
+def _update(layers, grads, stats):
+    tx = tekfac.scale_by_tekfac(layers)
+    return tx.update(grads, tx.init(grads), stats=stats)
+
+
+def test_statistics_of_other_layers():
+    loss, params, x, layers = simple_case()
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    fewer = tekfac.find_layers(loss, params, x, skip="Dense_0")
+    with pytest.raises(ValueError, match=r"missing \[\], unknown \['Dense_0'\]"):
+        _update(fewer, grads, stats)
+    with pytest.raises(ValueError, match=r"value_grad_and_stats.*got dict"):
+        _update(layers, grads, stats.layers)
+    model, wide = Net(mlp), randn(6, 7)
+    other = random_params(model, wide)
+    wide_layers = tekfac.find_layers(loss, other, wide)
+    _, _, wide_stats = tekfac.value_grad_and_stats(loss, wide_layers)(other, wide)
+    with pytest.raises(ValueError, match=r"'Dense_0'.*find_layers again"):
+        _update(layers, grads, wide_stats)
+
+
+@pytest.mark.parametrize("masked", ["kernel", "bias"])
+def test_half_masked_layers(masked):
+    loss, params, x, layers = simple_case()
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    mask = {"Dense_0": {"kernel": masked != "kernel", "bias": masked != "bias"}, "Dense_1": True}
+    mask["Dense_1"] = {"kernel": True, "bias": True}
+    tx = optax.masked(tekfac.scale_by_tekfac(layers), mask)
+    with pytest.raises(ValueError, match=rf"'Dense_0'.*its {masked} is masked.*skip"):
+        tx.update(grads, tx.init(params), params, stats=stats)
+
+
+def test_gradients_of_another_structure():
+    loss, params, x, layers = simple_case()
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    missing = {**grads, "Dense_0": {"kernel": grads["Dense_0"]["kernel"]}}
+    with pytest.raises(ValueError, match=r"no leaf 'Dense_0/bias'.*argument 0"):
+        _update(layers, missing, stats)
+    wrong = {**grads, "Dense_0": {**grads["Dense_0"], "kernel": jnp.zeros((9, 4))}}
+    with pytest.raises(ValueError, match=r"'Dense_0/kernel' has shape \(9, 4\).*find_layers again"):
+        _update(layers, wrong, stats)
+    with pytest.raises(ValueError, match="no leaf"):
+        _update(layers, {"params": grads}, stats)
+    Pair = collections.namedtuple("Pair", ["Dense_0", "Dense_1"])
+    updates, _ = _update(layers, Pair(**grads), stats)
+    assert isinstance(updates, Pair)
+
+
+# --- options -------------------------------------------------------------------------------------
+
+# option -> (values out of its range, what the error says besides the name and the value)
+_BAD_OPTIONS = {
+    "factor_interval": ((0, -1, 2.5, True, "often", None, np.array(0)), "1 or more"),
+    "eigenbasis_interval": ((0, -50, jnp.array(-1)), "1 or more"),
+    "rescaling_interval": ((0, float("nan"), np.int64(0)), "1 or more"),
+    "factor_decay": ((1, 1.0, -0.1, float("nan"), "0.9", np.float32(1)), r"\[0, 1\)"),
+    "rescaling_decay": ((1.5, None, jnp.array(-0.5)), r"\[0, 1\)"),
+    "damping": ((0, -1.0, float("inf"), "none", None, np.float32(-1)), r"\(0, inf\)|\"trace\""),
+    "trace_floor": ((-1e-9, float("nan")), r"\[0, inf\)"),
+    "damping_scale": ((0, -1, jnp.zeros(())), r"\(0, inf\)"),
+    "fc_damping": (("alpha", None, 1.0), '"beta", "own"'),
+    "factors": (("Exact", None), '"exact", "location"'),
+    "rescaling": (("never", 1), '"exact", "running"'),
+    "factor_dtype": ((jnp.float16, "bfloat16", jnp.int32), "float32 or float64"),
+}
+_BAD_READY_OPTIONS = {
+    "learning_rate": ((-0.1, float("nan"), "fast"), r"\[0, inf\)"),
+    "momentum": ((1.0, -0.1, np.float64(2)), r"\[0, 1\)"),
+    "weight_decay": ((-1e-4, None), r"\[0, inf\)"),
+    "kl_clip": ((0.0, -1e-3, "off"), r"\(0, inf\)"),
+}
+
+
+def _cases(options):
+    return [
+        pytest.param(name, value, says, id=f"{name}={value!r}")
+        for name, (values, says) in options.items()
+        for value in values
+    ]
+
+
+@pytest.mark.parametrize(("option", "value", "says"), _cases(_BAD_OPTIONS))
+def test_options_out_of_range(option, value, says):
+    layers = simple_case()[-1]
+    shown = jnp.dtype(value).name if option == "factor_dtype" else str(value)
+    for scale_by in SCALE_BY.values():
+        with pytest.raises(ValueError, match=f"{option} must be .*({says})") as error:
+            scale_by(layers, **{option: value})
+        assert shown in str(error.value)
+    for ready in (tekfac.tekfac, tekfac.tkfac, tekfac.ekfac, tekfac.kfac):
+        with pytest.raises(ValueError, match=f"{option} must be"):
+            ready(0.1, layers, **{option: value})
+
+
+@pytest.mark.parametrize(("option", "value", "says"), _cases(_BAD_READY_OPTIONS))
+def test_options_of_the_ready_optimizers_out_of_range(option, value, says):
+    options = {"learning_rate": 0.1, option: value}
+    for ready in (tekfac.tekfac, tekfac.tkfac, tekfac.ekfac, tekfac.kfac):
+        with pytest.raises(
+            ValueError, match=f"{option} must be .*({says}).*{re.escape(str(value))}"
+        ):
+            ready(options["learning_rate"], simple_case()[-1], **_without_rate(options))
+
+
+def _without_rate(options):
+    return {name: value for name, value in options.items() if name != "learning_rate"}
+
+
+@pytest.mark.parametrize("option", ["learning_rate", "layer", "damp"])
+def test_unknown_options(option):
+    with pytest.raises(TypeError, match=option):
+        tekfac.scale_by_tekfac(simple_case()[-1], **{option: 1})
+
+
+def test_scalar_arrays_within_range_are_options():
+    options = {"factor_interval": np.int64(2), "damping": np.float32(0.1), "factor_decay": 0}
+    tekfac.scale_by_tekfac(simple_case()[-1], **options)
+    tekfac.tekfac(np.float32(0.1), simple_case()[-1], momentum=jnp.array(0.5), **options)
