@@ -26,6 +26,8 @@ _CHUNK_CPU = 16
 _CHUNK = 32
 _CHUNK_NUMBERS = 2**26
 
+_BLOCK = 256  # rows of a matrix product that still runs near the peak
+
 
 class Factors(NamedTuple):
     """The two factors of one layer, summed over examples or averaged.
@@ -50,9 +52,22 @@ def exact_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors
     if a.shape[1] == 1:
         return location_factors(a, u)
     g = jnp.einsum("nti,nto->nio", a, u, precision=HIGHEST)
-    phi = jnp.einsum("nio,njo->ij", g, g, precision=HIGHEST)
     psi = jnp.einsum("nio,nip->op", g, g, precision=HIGHEST)
-    return Factors(phi, psi)
+    return Factors(_row_products(g), psi)
+
+
+def _row_products(g: Float[Array, "n i o"]) -> Float[Array, "i i"]:
+    """Σ_n G_n G_nᵀ. A large one is built from blocks, three products of four: it is symmetric."""
+
+    def block(x: Array, y: Array) -> Array:
+        return jnp.einsum("nio,njo->ij", x, y, precision=HIGHEST)
+
+    half = g.shape[1] // 2
+    if half < _BLOCK:
+        return block(g, g)
+    upper, lower = g[:, :half], g[:, half:]
+    corner = block(upper, lower)
+    return jnp.block([[block(upper, upper), corner], [corner.T, block(lower, lower)]])
 
 
 def location_factors(a: Float[Array, "n t i"], u: Float[Array, "n t o"]) -> Factors:

@@ -101,6 +101,16 @@ def test_location_and_plain_factors_follow_their_formulas(name):
     assert relative(plain.psi, np.einsum("nto,ntp->op", u, u) / (n * t)) <= EXACT
 
 
+@pytest.mark.parametrize("inputs", [511, 512, 513])
+def test_wide_layers_are_contracted_in_blocks(inputs):
+    rng = np.random.default_rng(0)
+    a, u = (rng.normal(size=(2, 3, width)) for width in (inputs, 2))
+    g = np.einsum("nti,nto->nio", a, u)
+    phi, psi = exact_factors(jnp.asarray(a), jnp.asarray(u))
+    assert relative(phi, sum(x @ x.T for x in g)) <= EXACT
+    assert relative(psi, sum(x.T @ x for x in g)) <= EXACT
+
+
 # Row 4 -------------------------------------------------------------------------------------------
 
 
