@@ -59,28 +59,35 @@ def check_statistics(stats: Any, layers: Layers) -> int:
     for path, spec in layers.items():
         for capture in stats.layers[path]:
             _check_capture(path, spec, capture)
-            sizes.add((path, capture.u.shape[0]))
+            sizes.add((path, capture.u.shape[len(spec.stack)]))
     if len({size for _, size in sizes}) != 1:
         raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
     return next(iter(sizes))[1]
 
 
 def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
-    features = len(spec.bias_shape)
-    if capture.u.shape[-features:] != spec.bias_shape:
+    remedy = (
+        "They come from another model, or find_layers saw other shapes: call find_layers again."
+    )
+    stack, features = len(spec.stack), len(spec.bias_shape)
+    a, u = capture.a.shape[stack:], capture.u.shape[stack:]
+    if {capture.a.shape[:stack], capture.u.shape[:stack]} != {spec.stack}:
         raise ValueError(
-            f"stats of layer {path!r} have outputs of shape {capture.u.shape[-features:]}, the "
-            f"layer has {spec.bias_shape}. They come from another model, or find_layers saw other "
-            "shapes: call find_layers again."
+            f"stats of layer {path!r} have shapes {capture.a.shape} and {capture.u.shape}, which "
+            f"do not begin with the layer's stack of {spec.stack}. {remedy}"
+        )
+    if u[-features:] != spec.bias_shape:
+        raise ValueError(
+            f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "
+            f"{spec.bias_shape}. {remedy}"
         )
     inputs = spec.kernel_shape[: spec.contracted]
     if spec.kind == "conv":
-        seen: tuple[int, ...] = capture.a.shape[-1:]
-        inputs = inputs[-1:]
+        seen: tuple[int, ...] = a[-1:]
+        inputs = (inputs[-1] * spec.groups,)
     else:
-        seen = tuple(capture.a.shape[axis] for axis in spec.axes)
-    if seen != inputs or call_positions(spec, capture.u.shape) < 1:
+        seen = tuple(a[axis] for axis in spec.axes)
+    if seen != inputs or call_positions(spec, u) < 1:
         raise ValueError(
-            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. They "
-            "come from another model, or find_layers saw other shapes: call find_layers again."
+            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. {remedy}"
         )

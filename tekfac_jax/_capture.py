@@ -1,37 +1,26 @@
 """Flax in, statistics out.
 
-The loss is traced twice while a step is compiled. First abstractly (`_trace`), to learn which
-calls are exact and which shapes they have. Then for differentiation, with an interceptor that
-passes the output of each of these calls through an identity whose custom derivative hands out
-(a, u) as the "gradient" of an otherwise unused zero slot.
+The loss is traced once, abstractly, to learn which calls are exact (`_trace`). The program that
+this gives is then run for differentiation, with a tag on the output of each of these calls
+(`_replay`).
 """
 
-import collections
-import contextlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from tekfac_jax._flax_layers import is_supported
-from tekfac_jax._layers import Capture, Layers, Statistics
+from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._trace import (
     Captures,
-    Plan,
     Skip,
     as_predicate,
     batch_plan,
-    call_key,
     common_batch_size,
-    fresh_trace,
     judge,
-    layer_input,
     nothing_found,
-    parameters_of,
     trace_layers,
 )
 
@@ -76,7 +65,7 @@ def find_layers(
     findings = judge(trace, as_predicate(skip))
     if not findings.covered:
         raise ValueError(nothing_found(trace, findings))
-    common_batch_size(trace, findings.covered)
+    common_batch_size(findings.covered)
     return Layers(tuple(findings.specs.values()), tuple(sorted(findings.uncovered.items())))
 
 
@@ -133,9 +122,9 @@ def value_grad_and_stats(
 
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
-        _check_scalar(plan.output, has_aux)
-        grad_fn = jax.value_and_grad(tapped_with(loss_fn, plan), argnums=(0, 1), has_aux=has_aux)
-        value, (grads, captures) = grad_fn(params, plan.slots(), *args, **kwargs)
+        _check_scalar(plan.trace.output, has_aux)
+        grad_fn = jax.value_and_grad(plan.run, argnums=(0, 1), has_aux=has_aux)
+        value, (grads, captures) = grad_fn(params, plan.slots())
         dtype = jnp.result_type(float)
         if isinstance(reduction, str):
             divisor: Any = plan.batch_size if reduction == "mean" else 1
@@ -179,8 +168,7 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
     _check_layers(layers)
 
     def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
-        plan = batch_plan(loss_fn, layers, params, args, kwargs)
-        return tapped_with(loss_fn, plan)(params, slots, *args, **kwargs)
+        return batch_plan(loss_fn, layers, params, args, kwargs).run(params, slots)
 
     return tapped
 
@@ -208,72 +196,6 @@ def make_slots(
     """
     _check_layers(layers)
     return batch_plan(loss_fn, layers, params, args, kwargs).slots()
-
-
-# --- the identity whose derivative is the statistic ------------------------------------------
-
-
-@jax.custom_vjp
-def _tag(y: jax.Array, a: jax.Array, slot: Capture) -> jax.Array:
-    del a, slot  # the primal never reads the slot, so XLA removes it
-    return y
-
-
-def _tag_forward(y: jax.Array, a: jax.Array, slot: Capture) -> tuple[jax.Array, jax.Array]:
-    del slot
-    return y, a
-
-
-def _tag_backward(a: jax.Array, u: jax.Array) -> tuple[jax.Array, None, Capture]:
-    return u, None, Capture(a, u)
-
-
-_tag.defvjp(_tag_forward, _tag_backward)
-
-
-def tapped_with(fn: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
-    """`fn` with the tag on the output of each planned call."""
-
-    def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
-        waiting = {
-            call.key: (call, slot)
-            for path, calls in plan.calls.items()
-            for call, slot in zip(calls, slots[path], strict=True)
-        }
-        counts: collections.Counter[Any] = collections.Counter()
-
-        def capture(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module, x = context.module, layer_input(args, kwargs)
-            is_layer = context.method_name == "__call__" and is_supported(module)
-            # Asked before the call: `init` makes the kernel during it, and is no use of a layer.
-            if not is_layer or x is None or "kernel" not in parameters_of(module):
-                return next_fun(*args, **kwargs)
-            y = next_fun(*args, **kwargs)
-            if plan.cached:
-                stack.enter_context(fresh_trace())
-            key = call_key(module, counts)
-            if key not in waiting:
-                return y
-            call, slot = waiting.pop(key)
-            if x.shape != call.input.shape or y.shape != call.output.shape:
-                raise ValueError(
-                    f"layer {'/'.join(module.path)!r} changed shape between two traces"
-                )
-            return _tag(y, lax.stop_gradient(x.astype(call.input.dtype)), slot)
-
-        with contextlib.ExitStack() as stack, nn.intercept_methods(capture):
-            if plan.cached:
-                stack.enter_context(fresh_trace())
-            result = fn(params, *args, **kwargs)
-        if waiting:
-            missing = sorted("/".join(key[0]) or "~" for key in waiting)
-            raise ValueError(
-                f"layers {missing} were called in one trace of the function and not in the next: "
-                "it must call the same layers each time it is traced"
-            )
-        return result
-
-    return tapped
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
 
 def trace_damping(theta: jax.Array, trace_floor: jax.Array | float) -> jax.Array:
     """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue."""
-    return jnp.maximum(jnp.sum(theta), trace_floor) / theta.size
+    traces = jnp.sum(theta, axis=(-2, -1))
+    return jnp.maximum(traces, trace_floor) / (theta.shape[-2] * theta.shape[-1])
 
 
 def layer_dampings(
@@ -29,12 +30,12 @@ def layer_dampings(
     damping_scale: jax.Array | float,
     fc_damping: FcDamping,
 ) -> dict[str, jax.Array]:
-    """λ of every layer.
+    """λ of every layer, (*lead).
 
     Args:
         layers: all layers of the network.
-        theta: debiased Θ of each layer, (in[+1], out).
-        valid: whether that Θ can be used, ().
+        theta: debiased Θ of each layer, (*lead, in[+1], out).
+        valid: whether that Θ can be used, (*lead).
         damping: ``"trace"`` (Eq. 3.5), a number (Eq. 3.4), or ``"auto"``: trace damping in a
             network with conv layers, `FIXED_DAMPING` in another.
         trace_floor: ϑ of Eq. 3.5.
@@ -52,11 +53,11 @@ def layer_dampings(
             rule = trace_damping(theta[path], trace_floor)
         else:
             rule = jnp.asarray(damping, dtype)
-        return (rule * damping_scale).astype(dtype)
+        return jnp.broadcast_to(rule * damping_scale, layers[path].lead).astype(dtype)
 
     dampings = {path: own(path) for path in layers}
     if fc_damping == "beta" and convs and isinstance(damping, str):
-        known = [jnp.where(valid[path], dampings[path], 0) for path in convs]
+        known = [jnp.max(jnp.where(valid[path], dampings[path], 0)) for path in convs]
         beta = jnp.max(jnp.stack(known))
         for path, spec in layers.items():
             if _is_fully_connected(spec):

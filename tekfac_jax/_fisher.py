@@ -1,6 +1,7 @@
 """Statistics of the Fisher whose labels come from the model, not from the batch."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
@@ -8,8 +9,8 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._capture import batch_plan, tapped_with
-from tekfac_jax._layers import Layers, Statistics
+from tekfac_jax._capture import batch_plan
+from tekfac_jax._layers import Layers, LayerSpec, Statistics
 from tekfac_jax._options import check_choice, check_number
 
 Estimator = Literal["sampled", "exact"]
@@ -155,11 +156,7 @@ def fisher_stats(
             raise ValueError('estimator="sampled" draws labels: pass key=jax.random.key(...)')
         model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
-        tapped = tapped_with(predict_fn, plan)
-
-        def outputs_of(slots: Any) -> Any:
-            return tapped(params, slots, *args, **kwargs)
-
+        outputs_of = functools.partial(plan.run, params)
         outputs, pull_back, *aux = jax.vjp(outputs_of, plan.slots(), has_aux=has_aux)
         if estimator == "sampled":
             targets = model.sample(key, outputs)
@@ -168,14 +165,23 @@ def fisher_stats(
         else:
             root = model.fisher_root(outputs).astype(outputs.dtype)
             (captures,) = jax.vmap(pull_back)(root / plan.batch_size)
-            # Each column is one more set of examples; the sums are divided by N all the same.
-            captures = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), captures)
+            captures = {
+                path: jax.tree.map(functools.partial(_columns_as_examples, spec), captures[path])
+                for path, spec in layers.items()
+            }
         dtype = jnp.result_type(float)
         size = jnp.asarray(plan.batch_size, dtype)
         stats = Statistics(captures, scale=size, examples=size)
         return (aux[0], stats) if has_aux else stats
 
     return wrapped
+
+
+def _columns_as_examples(spec: LayerSpec, x: jax.Array) -> jax.Array:
+    """Each column is one more set of examples; the sums are divided by N all the same."""
+    batch = len(spec.stack)
+    x = jnp.moveaxis(x, 0, batch)
+    return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])
 
 
 def _diagonal_root(diagonal: jax.Array) -> jax.Array:

@@ -50,8 +50,6 @@ def _dense_fields(module: Any, x: Any, axes: tuple[int, ...]) -> dict[str, Any] 
 def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
     window = _tuple(module.kernel_size, 1)
     rank = len(window)
-    if module.feature_group_count != 1:
-        return f"grouped convolution (feature_group_count={module.feature_group_count})"
     if set(_tuple(module.input_dilation, rank)) != {1}:
         return f"its input is dilated (input_dilation={module.input_dilation})"
     if module.mask is not None:
@@ -63,6 +61,7 @@ def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
     return {
         "kind": "conv",
         "contracted": rank + 1,
+        "groups": int(module.feature_group_count),
         "strides": _tuple(module.strides, rank),
         "dilation": _tuple(module.kernel_dilation, rank),
         "padding": _padding(module.padding, rank),

@@ -6,7 +6,9 @@ become one (in[+1], out) matrix, and what was captured becomes
 * `a` [N, T, in[+1]]: the input at each of T positions, with a 1 appended where there is a bias,
 * `u` [N, T, out]: the gradient of the loss with respect to the output there,
 
-so that the gradient of example n is the matrix ``a[n].T @ u[n]``.
+so that the gradient of example n is the matrix ``a[n].T @ u[n]``. Layers that stand side by side
+in one parameter (`nn.scan`, `nn.vmap`, the groups of a convolution) have leading axes, `lead`, in
+front of everything: each has curvature of its own, and all are computed together.
 """
 
 import dataclasses
@@ -58,10 +60,15 @@ class LayerSpec:
     Attributes:
         path: where the dict with the kernel stands in argument 0, keys joined by ``/``.
         kind: ``"dense"`` (`nn.Dense`, `nn.DenseGeneral`) or ``"conv"`` (`nn.Conv`).
-        kernel_shape: shape of the kernel as Flax keeps it.
+        kernel_shape: shape of the kernel as the layer sees it.
         contracted: how many leading axes of the kernel are input axes.
         use_bias: whether a bias stands beside the kernel.
         dtype: name of the kernel's dtype.
+        stack: how many layers are stacked in the kernel, for each axis that `nn.scan` or `nn.vmap`
+            runs over.
+        kernel_stack: the kernel's axes, in Flax's parameter, that these are.
+        bias_stack: the same for the bias.
+        groups: conv: groups of features.
         axes: dense: the input axes that are contracted, counted from the end (negative).
         strides: conv: window strides.
         dilation: conv: kernel dilation.
@@ -78,11 +85,20 @@ class LayerSpec:
     contracted: int
     use_bias: bool
     dtype: str
+    stack: tuple[int, ...] = ()
+    kernel_stack: tuple[int, ...] = ()
+    bias_stack: tuple[int, ...] = ()
+    groups: int = 1
     axes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: Padding = ()
     positions: int = dataclasses.field(default=1, compare=False)
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Axes in front of every factor: stacked layers, then groups."""
+        return (*self.stack, self.groups) if self.groups > 1 else self.stack
 
     @property
     def in_dim(self) -> int:
@@ -91,20 +107,36 @@ class LayerSpec:
 
     @property
     def out_dim(self) -> int:
-        """Columns of the gradient matrix: outputs of the kernel."""
-        return math.prod(self.kernel_shape[self.contracted :])
+        """Columns of the gradient matrix: outputs of the kernel (of a group of it)."""
+        return math.prod(self.bias_shape) // self.groups
 
     @property
     def bias_shape(self) -> tuple[int, ...]:
-        """Shape of the bias as Flax keeps it."""
+        """Shape of the bias as the layer sees it."""
         return self.kernel_shape[self.contracted :]
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of kernel and bias as Flax keeps them."""
+        shapes = {"kernel": _stacked(self.kernel_shape, self.stack, self.kernel_stack)}
+        if self.use_bias:
+            shapes["bias"] = _stacked(self.bias_shape, self.stack, self.bias_stack)
+        return shapes
 
     @property
     def state_bytes(self) -> int:
         """Bytes of optimizer state: Φ, Ψ, Q_Φ, Q_Ψ and Θ in at least float32."""
         itemsize = at_least_float32(self.dtype).itemsize
         square = self.in_dim**2 + self.out_dim**2
-        return itemsize * (2 * square + self.in_dim * self.out_dim)
+        return itemsize * math.prod(self.lead) * (2 * square + self.in_dim * self.out_dim)
+
+
+def _stacked(
+    shape: tuple[int, ...], stack: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[int, ...]:
+    full = list(shape)
+    for axis, size in sorted(zip(axes, stack, strict=True)):
+        full.insert(axis, size)
+    return tuple(full)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +166,10 @@ class Layers(Mapping[str, LayerSpec]):
     def __repr__(self) -> str:
         head = ("layer", "kind", "in", "out", "positions", "state bytes")
         rows = [
-            (s.path, s.kind, str(s.in_dim), str(s.out_dim), str(s.positions), f"{s.state_bytes:,}")
+            (s.path, s.kind, _times(s.lead, s.in_dim), str(s.out_dim), str(s.positions),
+             f"{s.state_bytes:,}")
             for s in self.specs
-        ]
+        ]  # fmt: skip
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in [head, *rows]
@@ -149,12 +182,16 @@ class Layers(Mapping[str, LayerSpec]):
         return "\n".join(line.rstrip() for line in lines)
 
 
+def _times(lead: tuple[int, ...], dim: int) -> str:
+    return "×".join(map(str, (*lead, dim)))
+
+
 def at_least_float32(dtype: Any) -> Any:
     """The dtype of curvature for parameters of `dtype`: half precision is not enough."""
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-def zeros_like(shape: jax.ShapeDtypeStruct) -> jax.Array:
+def zeros_like(shape: Any) -> jax.Array:
     """Zeros that also vary over the axes of `jax.shard_map` that `shape` varies over."""
     return lax.full_like(shape, 0)
 
@@ -182,35 +219,71 @@ def parameter_path(layer_path: str, name: str) -> str:
 
 
 def to_matrix(spec: LayerSpec, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Kernel and bias as one (in[+1], out) matrix, the bias as its last row."""
-    matrix = kernel.reshape(-1, spec.out_dim)
+    """Kernel and bias as (*lead, in[+1], out) matrices, the bias as the last row of each."""
+    front = range(len(spec.stack))
+    kernel = jnp.moveaxis(kernel, spec.kernel_stack, front)
+    matrix = _groups_first(spec, kernel.reshape(*spec.stack, -1, spec.groups, spec.out_dim))
     if bias is None:
         return matrix
-    return jnp.concatenate([matrix, bias.reshape(1, spec.out_dim).astype(matrix.dtype)])
+    bias = jnp.moveaxis(bias, spec.bias_stack, front)
+    row = _groups_first(spec, bias.reshape(*spec.stack, 1, spec.groups, spec.out_dim))
+    return jnp.concatenate([matrix, row.astype(matrix.dtype)], axis=-2)
 
 
 def from_matrix(spec: LayerSpec, matrix: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Inverse of `to_matrix`."""
+    front = range(len(spec.stack))
+
+    def parameter(rows: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+        if spec.groups > 1:
+            rows = jnp.moveaxis(rows, -3, -2)
+        return jnp.moveaxis(rows.reshape(*spec.stack, *shape), front, axes)
+
     if not spec.use_bias:
-        return matrix.reshape(spec.kernel_shape), None
-    return matrix[:-1].reshape(spec.kernel_shape), matrix[-1].reshape(spec.bias_shape)
+        return parameter(matrix, spec.kernel_shape, spec.kernel_stack), None
+    kernel, bias = matrix[..., :-1, :], matrix[..., -1:, :]
+    return (
+        parameter(kernel, spec.kernel_shape, spec.kernel_stack),
+        parameter(bias, spec.bias_shape, spec.bias_stack),
+    )
+
+
+def _groups_first(spec: LayerSpec, x: jax.Array) -> jax.Array:
+    """[..., rows, groups, d] -> [..., groups, rows, d], without the axis if there is one group."""
+    return jnp.moveaxis(x, -2, -3) if spec.groups > 1 else x[..., 0, :]
 
 
 def call_positions(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
-    """T of one call, from the shape of the layer's output."""
-    features = len(spec.kernel_shape) - spec.contracted
+    """T of one call, from the shape of the layer's output (without stacked axes)."""
+    features = len(spec.bias_shape)
     return math.prod(output_shape[1 : len(output_shape) - features])
 
 
 def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """One call as `a` [N, T, in[+1]] and `u` [N, T, out], in `dtype`."""
-    a, u = capture
-    n = u.shape[0]
-    rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
-    a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted])).astype(dtype)
-    if spec.use_bias:
-        a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), dtype)], axis=-1)
-    return a, u.reshape(n, -1, spec.out_dim).astype(dtype)
+    """One call as `a` [*lead, N, T, in[+1]] and `u` [*lead, N, T, out], in `dtype`."""
+
+    def one(a: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
+        n = u.shape[0]
+        rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
+        a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted]) * spec.groups)
+        a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)
+        a = _by_group(spec, a)
+        if spec.use_bias:
+            a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), dtype)], axis=-1)
+        return a, jnp.moveaxis(u, 2, 0) if spec.groups > 1 else u[:, :, 0]
+
+    for _ in spec.stack:
+        one = jax.vmap(one)
+    return one(*capture)
+
+
+def _by_group(spec: LayerSpec, a: jax.Array) -> jax.Array:
+    """[N, T, (*window, groups, c)] -> [groups, N, T, (*window, c)]."""
+    if spec.groups == 1:
+        return a
+    inputs = spec.kernel_shape[spec.contracted - 1]
+    a = a.reshape(*a.shape[:2], -1, spec.groups, inputs)
+    return jnp.moveaxis(a, 3, 0).reshape(spec.groups, *a.shape[:2], -1)
 
 
 def _contracted_last(spec: LayerSpec, a: jax.Array) -> jax.Array:

@@ -90,7 +90,9 @@ def _counted(directions: Any, inner_state: Any) -> Any:
     states = search(inner_state, ScaleByTekfacState)
     if not states:
         return jax.tree.map(lambda d: jnp.array(True), directions)
-    valid = {path: is_valid(layer) for state in states for path, layer in state.layers.items()}
+    valid = {
+        path: jnp.all(is_valid(layer)) for state in states for path, layer in state.layers.items()
+    }
     nothing = jnp.array(False)
     return jax.tree_util.tree_map_with_path(
         lambda path, d: valid.get(layer_path(path) or "", nothing), directions

@@ -1,4 +1,4 @@
-"""Between a gradient pytree and the (in[+1], out) matrices of its layers."""
+"""Between a gradient pytree and the (*lead, in[+1], out) matrices of its layers."""
 
 from typing import Any
 
@@ -84,9 +84,7 @@ def _layer_leaves(
     path: str, spec: LayerSpec, found: dict[str, Any]
 ) -> tuple[jax.Array, jax.Array | None] | None:
     """Kernel and bias gradient of a layer; None if the layer is masked out."""
-    shapes = {"kernel": spec.kernel_shape}
-    if spec.use_bias:
-        shapes["bias"] = spec.bias_shape
+    shapes = spec.parameter_shapes()
     leaves = {name: _lookup(parameter_path(path, name), found) for name in shapes}
     absent = [name for name, leaf in leaves.items() if leaf is None]
     if len(absent) == len(leaves):

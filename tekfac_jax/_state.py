@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._eigenbasis import eigenvalues_in
+from tekfac_jax._eigenbasis import eigenvalues_in, trace
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
 
 
 class LayerState(NamedTuple):
     """One layer's curvature; i = in[+1] and o = out.
 
+    Layers that are stacked in one parameter, and the groups of a convolution, have axes of their
+    own in front of each array (`LayerSpec.lead`); where there are none the shapes are as below.
     Averages start at zero and carry their own weight, w ← βw + (1−β), by which they are divided
     when read: the first update is an assignment.
     """
@@ -51,13 +53,15 @@ class ClipByKlState(NamedTuple):
 class Curvature(NamedTuple):
     """Curvature of one layer: F ≈ (Q_Φ⊗Q_Ψ) diag(Θ) (Q_Φ⊗Q_Ψ)ᵀ, or δ Φ⊗Ψ. All debiased.
 
+    `lead` are the axes of stacked layers and of groups, () for any other.
+
     Attributes:
-        delta: δ, the trace of the Fisher block. Shape ().
-        phi: Φ, trace 1, (in[+1], in[+1]).
-        psi: Ψ, trace 1, (out, out).
-        q_phi: eigenvectors of Φ in columns, (in[+1], in[+1]).
-        q_psi: eigenvectors of Ψ in columns, (out, out).
-        theta: Θ, (in[+1], out).
+        delta: δ, the trace of the Fisher block. Shape (*lead).
+        phi: Φ, trace 1, (*lead, in[+1], in[+1]).
+        psi: Ψ, trace 1, (*lead, out, out).
+        q_phi: eigenvectors of Φ in columns, (*lead, in[+1], in[+1]).
+        q_psi: eigenvectors of Ψ in columns, (*lead, out, out).
+        theta: Θ, (*lead, in[+1], out).
     """
 
     delta: jax.Array
@@ -78,12 +82,17 @@ def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
 
     def layer(spec: LayerSpec) -> LayerState:
         i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
+        lead = spec.lead
         shapes: dict[str, tuple[int, ...]] = dict(
             phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, i), q_psi=(o, o),
             basis_valid=(), theta=(i, o), theta_weight=(), damping=(), failures=(),
         )  # fmt: skip
-        state = LayerState(**{name: jnp.zeros(shape, dtype) for name, shape in shapes.items()})
-        return state._replace(basis_valid=jnp.array(False), failures=jnp.zeros((), jnp.int32))
+        state = LayerState(
+            **{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()}
+        )
+        return state._replace(
+            basis_valid=jnp.zeros(lead, bool), failures=jnp.zeros(lead, jnp.int32)
+        )
 
     return ScaleByTekfacState(
         count=jnp.zeros((), jnp.int32),
@@ -94,12 +103,17 @@ def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
 
 def debiased(average: jax.Array, weight: jax.Array) -> jax.Array:
     """An average divided by its weight; zero where nothing was averaged yet."""
-    return average / jnp.where(weight > 0, weight, 1)
+    return average / for_each(jnp.where(weight > 0, weight, 1), average)
+
+
+def for_each(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A (*lead) array with axes behind it, so that it meets `like` layer by layer."""
+    return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
 
 
 def is_valid(layer: LayerState) -> jax.Array:
     """Whether a gradient can be preconditioned with this layer's curvature."""
-    return layer.basis_valid & (layer.theta_weight > 0) & (jnp.sum(layer.theta) > 0)
+    return layer.basis_valid & (layer.theta_weight > 0) & (jnp.sum(layer.theta, axis=(-2, -1)) > 0)
 
 
 def curvature(opt_state: Any) -> dict[str, Curvature]:
@@ -141,9 +155,9 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
 
 def unit_trace(factor: jax.Array) -> jax.Array:
     """A factor divided by its trace; I/dim while it is zero."""
-    trace = jnp.trace(factor)
-    nothing = jnp.eye(factor.shape[0], dtype=factor.dtype) / factor.shape[0]
-    return jnp.where(trace > 0, factor / jnp.where(trace > 0, trace, 1), nothing)
+    total = trace(factor)[..., None, None]
+    nothing = jnp.eye(factor.shape[-1], dtype=factor.dtype) / factor.shape[-1]
+    return jnp.where(total > 0, factor / jnp.where(total > 0, total, 1), nothing)
 
 
 def stats_due(opt_state: Any) -> jax.Array:
@@ -218,7 +232,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         ``{path}/trace`` (tr Θ), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
         ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/failures``
         (non-finite statistics and decompositions so far), and ``kl_clip`` (what the last step
-        was multiplied by) where `clip_by_kl` is in use.
+        was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum of
+        the traces and failures, and the largest of the others.
 
     Raises:
         ValueError: there is no such state inside.
@@ -240,16 +255,16 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     """
 
     def spread(factor: jax.Array, q: jax.Array) -> jax.Array:
-        return jnp.max(eigenvalues_in(unit_trace(factor), q)) * factor.shape[0]
+        return jnp.max(eigenvalues_in(unit_trace(factor), q)) * factor.shape[-1]
 
     scalars = {}
     for path, layer in _layer_states(opt_state).items():
         scalars |= {
             f"{path}/trace": jnp.sum(debiased(layer.theta, layer.theta_weight)),
-            f"{path}/damping": layer.damping,
+            f"{path}/damping": jnp.max(layer.damping),
             f"{path}/phi_spread": spread(layer.phi, layer.q_phi),
             f"{path}/psi_spread": spread(layer.psi, layer.q_psi),
-            f"{path}/failures": layer.failures,
+            f"{path}/failures": jnp.sum(layer.failures),
         }
     for clip in search(opt_state, ClipByKlState):
         scalars["kl_clip"] = clip.factor
@@ -284,10 +299,11 @@ def check_state(opt_state: Any, layers: Layers) -> str:
         return f"The state has no layers {missing} and has {extra}, which the network has not."
     for path, spec in layers.items():
         theta = states[path].theta
-        if theta.shape != (spec.in_dim, spec.out_dim):
+        expected = (*spec.lead, spec.in_dim, spec.out_dim)
+        if theta.shape != expected:
             return (
                 f"Layer {path!r} has in and out dimension {theta.shape} in the state and "
-                f"{(spec.in_dim, spec.out_dim)} in the network."
+                f"{expected} in the network."
             )
     return ""
 

@@ -4,8 +4,6 @@ An interceptor notes every layer call and leaves markers for `_usage` to read. N
 done and nothing is differentiated here.
 """
 
-import collections
-import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +11,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
 
 from tekfac_jax._flax_layers import describe, is_supported
 from tekfac_jax._layers import (
@@ -27,7 +27,9 @@ from tekfac_jax._layers import (
     replace,
     zeros_like,
 )
-from tekfac_jax._usage import Marked, Usage, mark, read_usage
+from tekfac_jax._marks import mark
+from tekfac_jax._replay import Slots, replay
+from tekfac_jax._usage import Leaf, Occurrence, Usage, read_usage
 
 Skip = str | Callable[[str], bool] | None
 Captures = dict[str, tuple[Capture, ...]]
@@ -36,32 +38,39 @@ Captures = dict[str, tuple[Capture, ...]]
 class Call(NamedTuple):
     """One call of a layer of a supported type, as the interceptor saw it."""
 
-    number: int
-    key: tuple[tuple[str, ...], type, int]  # module path, type, how many calls before it
     described: LayerSpec | str  # the spec, still without a path, or why there is none
-    input: jax.ShapeDtypeStruct
+    input: jax.ShapeDtypeStruct  # in the dtype of the layer's arithmetic
     output: jax.ShapeDtypeStruct
-    kernel_shape: tuple[int, ...]
-    type_name: str
+    model: int  # number of the outermost module call around it
+    name: str  # type and module path, for messages
 
 
 class Trace(NamedTuple):
-    calls: list[Call]
-    owners: dict[int, str]  # marker number -> type of a module of no supported type
+    jaxpr: core.ClosedJaxpr  # of the leaves of argument 0 and `arrays`
+    arrays: list[Any]  # the arrays among the other arguments
+    calls: dict[int, Call]  # by number
+    owners: dict[int, str]  # call number -> type of a module of no supported type
     differentiated: set[int]  # numbers of calls that the function itself differentiates
     usage: Usage
     paths: list[tuple[Any, ...]]  # key path of each leaf of argument 0
-    output: Any
+    output: Any  # what the function returned, arrays as their shapes
+
+    def run(self, params: Any, slots: Slots) -> Any:
+        """The function's output for other values of its first argument, with tagged layers."""
+        leaves = jax.tree.leaves(params)
+        outputs = replay(self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays], slots)
+        remaining = iter(outputs)
+        return jax.tree.map(lambda o: next(remaining) if isinstance(o, _Output) else o, self.output)
 
 
 _trace_numbers = itertools.count()
 
 
-def fresh_trace() -> Any:
+def _fresh_trace() -> Any:
     """A context in which nothing that was traced before is found in JAX's caches.
 
-    `nn.jit` keeps its traces; a cached one would run no interceptor, or one that closes over
-    the slots of a step long gone. The metadata is part of the cache key and changes no number.
+    `nn.jit` keeps its traces; a cached one would run no interceptor. The metadata is part of the
+    cache key and changes no number.
     """
     return set_xla_metadata(tekfac_trace=str(next(_trace_numbers)))
 
@@ -75,10 +84,10 @@ def trace_layers(
     leaves = [leaf for _, leaf in paths_and_leaves]
     others, others_treedef = jax.tree.flatten((args, kwargs))
     is_array = [_is_traced(leaf) for leaf in others]
-    calls: list[Call] = []
+    calls: dict[int, Call] = {}
     owners: dict[int, str] = {}
     differentiated: set[int] = set()
-    static_output: list[Any] = []
+    output: list[Any] = []
 
     def traced(leaves: list[Any], arrays: list[Any]) -> Any:
         remaining = iter(arrays)
@@ -87,20 +96,17 @@ def trace_layers(
             for leaf, is_arr in zip(others, is_array, strict=True)
         ]
         args, kwargs = jax.tree.unflatten(others_treedef, merged)
-        with contextlib.ExitStack() as stack:
-            observer = _observer(calls, owners, differentiated, stack)
-            stack.enter_context(nn.intercept_methods(observer))
-            output = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+        with nn.intercept_methods(_observer(calls, owners, differentiated)):
+            result = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
         # An auxiliary output may hold anything; a trace returns arrays only.
-        outputs, output_treedef = jax.tree.flatten(output)
-        static_output[:] = [output_treedef, [getattr(o, "aval", o) for o in outputs]]
-        return [o for o in outputs if hasattr(o, "dtype")]
+        output[:] = [jax.tree.map(_output_shape, result)]
+        return [o for o in jax.tree.leaves(result) if isinstance(o, jax.Array)]
 
     arrays = [leaf for leaf, is_arr in zip(others, is_array, strict=True) if is_arr]
-    with fresh_trace():
+    with _fresh_trace():
         jaxpr = jax.make_jaxpr(traced)(leaves, arrays)
-    output = jax.tree.unflatten(*static_output)
-    return Trace(calls, owners, differentiated, read_usage(jaxpr, len(leaves)), paths, output)
+    usage = read_usage(jaxpr, len(leaves))
+    return Trace(jaxpr, arrays, calls, owners, differentiated, usage, paths, output[0])
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -108,145 +114,131 @@ def _is_traced(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
 
 
-def _observer(
-    calls: list[Call],
-    owners: dict[int, str],
-    differentiated: set[int],
-    stack: contextlib.ExitStack,
-) -> Callable[..., Any]:
-    """Interceptor of the abstract trace: notes and marks, changes nothing.
+class _Output(jax.ShapeDtypeStruct):
+    """Stands for an array that the function returns."""
 
-    After each layer the trace is fresh again: a function that is traced once and called twice
-    would show the interceptor one call only.
-    """
+
+def _output_shape(leaf: Any) -> Any:
+    return _Output(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
+
+
+def _observer(
+    calls: dict[int, Call], owners: dict[int, str], differentiated: set[int]
+) -> Callable[..., Any]:
+    """Interceptor of the abstract trace: notes and marks, changes nothing."""
     numbers = itertools.count()
-    counts: collections.Counter[Any] = collections.Counter()
+    model: list[int] = []  # number of the outermost module call, while there is one
 
     def observe(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if model:
+            return inside(next_fun, args, kwargs, context)
+        model.append(next(numbers))
+        try:
+            for leaf in jax.tree.leaves((args, kwargs, context.module.variables)):
+                if isinstance(leaf, jax.Array):
+                    mark(leaf, model[0], "model", lambda: None)
+                    break
+            return inside(next_fun, args, kwargs, context)
+        finally:
+            model.pop()
+
+    def inside(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, number = context.module, next(numbers)
+
+        def leave_mark(value: Any, role: str) -> Any:
+            return mark(value, number, role, lambda: differentiated.add(number))
+
+        def mark_parameters(prefix: str = "") -> None:
+            for name, value in _parameters_of(module).items():
+                if hasattr(value, "shape"):
+                    leave_mark(value, prefix + re.sub(r"\W", "_", name))
+
         if context.method_name == "setup":
             return next_fun(*args, **kwargs)
         if context.method_name != "__call__" or not is_supported(module):
             result = next_fun(*args, **kwargs)
-            _mark_parameters(module, number, prefix="other_")
+            mark_parameters("other_")
             owners[number] = type(module).__name__
             return result
-        x = layer_input(args, kwargs)
-        parameters = parameters_of(module)
-        if x is None or "kernel" not in parameters:  # no array in, or a call of `init`
+        x = args[0] if args else kwargs.get("inputs")
+        parameters = _parameters_of(module)
+        if not hasattr(x, "shape") or "kernel" not in parameters:  # no array, or a call of `init`
             return next_fun(*args, **kwargs)
-        _mark_parameters(module, number)
-        mark(x, number, "begin")
-        y = _watched(next_fun(*args, **kwargs), lambda: differentiated.add(number))
-        stack.enter_context(fresh_trace())
-        mark(y, number, "end")
-        key = call_key(module, counts)
+        leave_mark(x, "begin")
+        mark_parameters()
+        y = leave_mark(next_fun(*args, **kwargs), "end")
         dtype = dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
-        calls.append(
-            Call(
-                number,
-                key,
-                describe(module, x, y, parameters["kernel"]),
-                jax.eval_shape(lambda x: x.astype(dtype), x),
-                jax.eval_shape(lambda y: y, y),
-                parameters["kernel"].shape,
-                type(module).__name__,
-            )
+        calls[number] = Call(
+            describe(module, x, y, parameters["kernel"]),
+            jax.eval_shape(lambda x: x.astype(dtype), x),
+            jax.eval_shape(lambda y: y, y),
+            model[0],
+            f"{type(module).__name__} {'/'.join(module.path) or '~'}",
         )
         return y
 
     return observe
 
 
-def _watched(y: jax.Array, on_derivative: Callable[[], None]) -> jax.Array:
-    """`y`; calls `on_derivative` where the traced function differentiates it.
-
-    The trace itself differentiates nothing, so the rule runs only for a `jax.grad`, `jax.vjp` or
-    `jax.jvp` inside the function. The cotangents of that derivative would reach the capture as
-    if they were the loss's, or, where only the primal output is used, none would.
-    """
-
-    @jax.custom_jvp
-    def watched(y: jax.Array) -> jax.Array:
-        return y
-
-    @watched.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        on_derivative()
-        return primals[0], tangents[0]
-
-    return watched(y)
-
-
-def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    x = args[0] if args else kwargs.get("inputs")
-    return x if hasattr(x, "shape") else None
-
-
-def call_key(module: nn.Module, counts: collections.Counter[Any]) -> Any:
-    """Names a call of a layer so that both traces agree on it."""
-    key = (module.path, type(module))
-    counts[key] += 1
-    return (*key, counts[key] - 1)
-
-
-def parameters_of(module: nn.Module) -> dict[str, Any]:
+def _parameters_of(module: nn.Module) -> dict[str, Any]:
     """The arrays that stand directly in the module's own parameter dict."""
     own = module.variables.get("params", {})
     return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}
 
 
-def _mark_parameters(module: nn.Module, number: int, prefix: str = "") -> None:
-    for name, value in parameters_of(module).items():
-        if hasattr(value, "shape"):
-            mark(value, number, prefix + re.sub(r"\W", "_", name))
-
-
 # --- from a trace to layers ------------------------------------------------------------------
+
+
+class Use(NamedTuple):
+    """One call of a layer that is captured."""
+
+    slot: int  # which of the slots of a replay is its
+    occurrence: Occurrence
+    call: Call
 
 
 class Findings(NamedTuple):
     specs: dict[str, LayerSpec]
-    covered: dict[str, list[Call]]
+    covered: dict[str, list[Use]]
     uncovered: dict[str, str]  # parameter path -> reason
     homeless: list[str]  # layers whose kernel is no leaf of argument 0
 
 
 def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     """Decides for each layer whether it is captured, and why not."""
-    found: dict[str, list[tuple[Call, LayerSpec | str]]] = {}
+    found: dict[str, list[tuple[Use, LayerSpec | str]]] = {}
     leaves: dict[str, set[int]] = {}
     reasons: dict[int, str] = {}
-    homeless = []
-    for call in trace.calls:
-        marks = {role: m for (n, role), m in trace.usage.marked.items() if n == call.number}
-        if call.number in trace.differentiated:
-            verdict: LayerSpec | str = _DIFFERENTIATED
-        elif "begin" in marks:
-            verdict = _verdict(call, marks, trace)
-        else:
-            continue  # a trace that was thrown away: scan bodies are traced twice
+    seen = {occurrence.number for occurrence in trace.usage.occurrences}
+    # The markers of a call that is differentiated may have vanished with their equations.
+    homeless = [f"{trace.calls[n].name}: {_DIFFERENTIATED}" for n in trace.differentiated - seen]
+    slots = itertools.count()
+    for occurrence in trace.usage.occurrences:
+        call = trace.calls[occurrence.number]
+        verdict = _verdict(call, occurrence, trace)
+        use = Use(-1 if occurrence.inside else next(slots), occurrence, call)
+        marks = occurrence.marks
         kernel = marks["kernel"].leaf if "kernel" in marks else None
         if kernel is None:
-            homeless.append(f"{call.type_name} {'/'.join(call.key[0]) or '~'}: {verdict}")
+            homeless.append(f"{call.name}: {verdict}")
             continue
-        path = join_path(trace.paths[kernel][:-1])
-        found.setdefault(path, []).append((call, verdict))
-        leaves.setdefault(path, set()).update(m.leaf for m in marks.values() if m.leaf is not None)
+        path = join_path(trace.paths[kernel.number][:-1])
+        found.setdefault(path, []).append((use, verdict))
+        parameters = [m.leaf.number for m in marks.values() if m.leaf is not None]
+        leaves.setdefault(path, set()).update(parameters)
 
     specs: dict[str, LayerSpec] = {}
-    covered: dict[str, list[Call]] = {}
+    covered: dict[str, list[Use]] = {}
     for path, uses in found.items():
         verdict = _joint_verdict(path, [v for _, v in uses], leaves[path], trace, skip)
         if isinstance(verdict, str):
             reasons.update(dict.fromkeys(leaves[path], verdict))
         else:
             specs[path] = verdict
-            covered[path] = [call for call, _ in uses]
+            covered[path] = [use for use, _ in uses]
             reasons.update(dict.fromkeys(leaves[path], ""))
-    for (number, _), marked in trace.usage.marked.items():
-        if marked.leaf is not None and number in trace.owners:
-            reasons.setdefault(marked.leaf, f"{trace.owners[number]} is not a supported layer")
+    for leaf, number in trace.usage.others.items():
+        reasons.setdefault(leaf, f"{trace.owners[number]} is not a supported layer")
     unknown = "no supported layer was seen to use it as its own"
     if homeless:
         unknown += f" (seen with other kernels: {'; '.join(sorted(set(homeless)))})"
@@ -261,30 +253,67 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
 _DIFFERENTIATED = "differentiated inside the function itself (by jax.grad, vjp, jvp, linearize)"
 
 
-def _verdict(call: Call, marks: dict[str, Marked], trace: Trace) -> LayerSpec | str:
+def _verdict(call: Call, occurrence: Occurrence, trace: Trace) -> LayerSpec | str:
     """The spec of one call, or why that call cannot be captured."""
-    begin, kernel, bias = marks["begin"], marks["kernel"], marks.get("bias")
-    if call.number in trace.usage.repeated:
-        return "inside a jitted or checkpointed function that is called more than once"
-    if begin.inside:
-        return f"inside {begin.inside}: what happens there cannot be captured yet"
-    if begin.ndim != len(call.input.shape):
+    if occurrence.number in trace.differentiated:
+        return _DIFFERENTIATED
+    if occurrence.inside:
+        return f"inside {occurrence.inside}: what happens there cannot be captured"
+    marks = occurrence.marks
+    begin, kernel, bias, end = (marks.get(key) for key in ("begin", "kernel", "bias", "end"))
+    if begin is None or kernel is None or end is None:
+        return "its call is not whole in the program"
+    vmapped = end.vmapped
+    if kernel.vmapped != vmapped:
         return "inside vmap: its batch axis is hidden; let the layer see the whole batch"
+    if begin.vmapped not in ((), vmapped):
+        return "inside several vmaps that do not all run over its input"
     if kernel.leaf is None:
         return "its kernel is computed from argument 0, or comes from elsewhere"
-    *_, name = trace.paths[kernel.leaf]
+    *_, name = trace.paths[kernel.leaf.number]
     if join_path((name,)) != "kernel":
         return "its kernel is boxed in metadata: pass flax.linen.unbox(params)"
-    if kernel.ndim != len(call.kernel_shape):
-        return "its kernel is stacked (vmap over parameters)"
-    if isinstance(call.described, str):
-        return call.described
-    home = trace.paths[kernel.leaf][:-1]
-    if call.described.use_bias and (
-        bias is None or bias.leaf is None or trace.paths[bias.leaf][:-1] != home
-    ):
-        return "its bias is not a leaf beside its kernel in argument 0"
-    return call.described
+    spec = call.described
+    if isinstance(spec, str):
+        return spec
+    kernel_stack = _stack_axes(kernel.leaf, len(vmapped))
+    if kernel_stack is None:
+        return "its kernel is transposed"
+    bias_stack: tuple[int, ...] | None = ()
+    if spec.use_bias:
+        home = trace.paths[kernel.leaf.number][:-1]
+        if bias is None or bias.leaf is None or trace.paths[bias.leaf.number][:-1] != home:
+            return "its bias is not a leaf beside its kernel in argument 0"
+        bias_stack = _stack_axes(bias.leaf, len(vmapped))
+        same = [x is None for x in bias.leaf.scanned] == [x is None for x in kernel.leaf.scanned]
+        if bias_stack is None or not same or bias.vmapped != vmapped:
+            return "its bias is not stacked as its kernel is"
+    around = trace.usage.models.get(call.model, 0)
+    if not all(over for _, over in _scans(occurrence)[:around]):
+        return "inside a scan around the whole model, whose axis may be that of the examples"
+    stack = (*(n for n, over in _scans(occurrence) if over), *vmapped)
+    repeats = [n for n, over in _scans(occurrence) if not over]
+    return replace(
+        spec,
+        stack=stack,
+        kernel_stack=kernel_stack,
+        bias_stack=bias_stack,
+        positions=spec.positions * int(np.prod(repeats, dtype=int)),
+    )
+
+
+def _stack_axes(leaf: Leaf, vmapped: int) -> tuple[int, ...] | None:
+    """Axes of a leaf that scans and vmaps run over; None if the others changed their order."""
+    if list(leaf.axes[vmapped:]) != sorted(leaf.axes[vmapped:]):
+        return None
+    return (*(axis for axis in leaf.scanned if axis is not None), *leaf.axes[:vmapped])
+
+
+def _scans(occurrence: Occurrence) -> list[tuple[int, bool]]:
+    """For each scan around a call its length, and whether it runs over the layer's parameters."""
+    leaf = occurrence.marks["kernel"].leaf
+    assert leaf is not None
+    return [(n, axis is not None) for n, axis in zip(occurrence.scans, leaf.scanned, strict=True)]
 
 
 def _joint_verdict(
@@ -342,18 +371,48 @@ def nothing_found(trace: Trace, findings: Findings) -> str:
 
 
 class Plan(NamedTuple):
-    """Which call fills which slot, for the shapes of one trace."""
+    """A traced function, and which of its layer calls fills which slot."""
 
-    calls: dict[str, list[Call]]
+    trace: Trace
+    uses: dict[str, list[Use]]
     batch_size: int
-    cached: bool  # whether a call hides in something that JAX traces only once
-    output: Any
 
     def slots(self) -> Captures:
-        return {
-            path: tuple(Capture(zeros_like(c.input), zeros_like(c.output)) for c in calls)
-            for path, calls in self.calls.items()
-        }
+        """Zeros of the shapes of what will be captured: [*stack, N, *repeats, ...]."""
+
+        def slot(use: Use) -> Capture:
+            lead = (*use.occurrence.scans, *use.occurrence.marks["end"].vmapped)
+            axes = _repeated_axes(use.occurrence)
+
+            def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+                stacked = jnp.broadcast_to(zeros_like(shape), (*lead, *shape.shape))
+                return jnp.moveaxis(stacked, *axes)
+
+            return Capture(zeros(use.call.input), zeros(use.call.output))
+
+        return {path: tuple(map(slot, uses)) for path, uses in self.uses.items()}
+
+    def run(self, params: Any, slots: Captures) -> Any:
+        """The function's output, with a tag on each call of a layer."""
+        replay_slots: list[Capture | None] = [
+            None for o in self.trace.usage.occurrences if not o.inside
+        ]
+        for path, uses in self.uses.items():
+            for use, slot in zip(uses, slots[path], strict=True):
+                to, source = _repeated_axes(use.occurrence)
+                replay_slots[use.slot] = Capture(*(jnp.moveaxis(x, source, to) for x in slot))
+        return self.trace.run(params, replay_slots)
+
+
+def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the scans that repeat a layer stand in the program, and where in a capture.
+
+    They are further positions: their place is behind the batch.
+    """
+    scans = _scans(occurrence)
+    repeated = tuple(i for i, (_, over) in enumerate(scans) if not over)
+    batch = len(scans) - len(repeated) + len(occurrence.marks["end"].vmapped)
+    return repeated, tuple(range(batch + 1, batch + 1 + len(repeated)))
 
 
 def batch_plan(
@@ -381,13 +440,12 @@ def batch_plan(
                 "Call find_layers again."
             )
     covered = {path: findings.covered[path] for path in layers}
-    # Of any layer, captured or not: a cached trace would shift the count of the calls after it.
-    cached = any(marked.cached for marked in trace.usage.marked.values())
-    return Plan(covered, common_batch_size(trace, covered), cached, trace.output)
+    return Plan(trace, covered, common_batch_size(covered))
 
 
-def common_batch_size(trace: Trace, covered: Mapping[str, list[Call]]) -> int:
-    sizes = {(path, call.input.shape[0]) for path, calls in covered.items() for call in calls}
+def common_batch_size(covered: Mapping[str, list[Use]]) -> int:
+    """The leading axis of the layers' inputs; raises if they disagree."""
+    sizes = {(path, use.call.input.shape[0]) for path, uses in covered.items() for use in uses}
     if len({size for _, size in sizes}) > 1:
         listed = ", ".join(f"{path}: {size}" for path, size in sorted(sizes))
         raise ValueError(

@@ -8,6 +8,7 @@ F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ, with one machine for the fami
 | Θ measured in their basis  | EKFAC              | TEKFAC                        |
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,14 @@ from jax import lax
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch, read_batch
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
-from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, precondition, rotate, transport
+from tekfac_jax._eigenbasis import (
+    eigenvalues_in,
+    eigenvectors,
+    precondition,
+    rotate,
+    trace,
+    transport,
+)
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
 from tekfac_jax._pytrees import gather_matrices, scatter_matrices
@@ -27,6 +35,7 @@ from tekfac_jax._state import (
     LayerState,
     ScaleByTekfacState,
     debiased,
+    for_each,
     initial_state,
     is_valid,
     unit_trace,
@@ -85,7 +94,8 @@ def _algorithm(
         for path, gradient in gradients.items():
             g = gradient.astype(theta[path].dtype)
             natural = precondition(g, new[path].q_phi, new[path].q_psi, theta[path], damping[path])
-            directions[path] = jnp.where(valid[path], natural, g).astype(gradient.dtype)
+            usable = for_each(valid[path], g)
+            directions[path] = jnp.where(usable, natural, g).astype(gradient.dtype)
         new = {path: layer._replace(damping=damping[path]) for path, layer in new.items()}
 
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -114,7 +124,15 @@ class _Tools(NamedTuple):
     def refresh(
         self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
     ) -> LayerState:
-        return lax.cond(due, function, lambda layer: layer, layer)
+        """Runs `function` if it is due; of several layers it changes those for which it is."""
+
+        def run(layer: LayerState) -> LayerState:
+            new = function(layer)
+            return jax.tree.map(lambda x, y: jnp.where(for_each(due, x), x, y), new, layer)
+
+        return lax.cond(
+            jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
+        )
 
     def at_interval(self, interval: int) -> jax.Array:
         return self.step % interval == 0
@@ -146,9 +164,9 @@ def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> Lay
         phi = _average(ok, beta, layer.phi, new.phi)
         psi = _average(ok, beta, layer.psi, new.psi)
         weight = _average(ok, beta, layer.factor_weight, 1.0)
-        delta = debiased(jnp.trace(phi), weight)
+        delta = debiased(trace(phi), weight)
         if member.plain:
-            delta = delta * debiased(jnp.trace(psi), weight)
+            delta = delta * debiased(trace(psi), weight)
         return layer._replace(
             phi=phi,
             psi=psi,
@@ -170,9 +188,9 @@ def update_eigenbasis(tools: _Tools, layer: LayerState) -> LayerState:
         ok = phi_ok & psi_ok
         theta = transport(layer.theta, (layer.q_phi, layer.q_psi), (q_phi, q_psi))
         return layer._replace(
-            q_phi=jnp.where(ok, q_phi, layer.q_phi),
-            q_psi=jnp.where(ok, q_psi, layer.q_psi),
-            theta=jnp.where(ok, theta, layer.theta),
+            q_phi=jnp.where(for_each(ok, q_phi), q_phi, layer.q_phi),
+            q_psi=jnp.where(for_each(ok, q_psi), q_psi, layer.q_psi),
+            theta=jnp.where(for_each(ok, theta), theta, layer.theta),
             basis_valid=layer.basis_valid | ok,
             failures=layer.failures + jnp.int32(~ok),
         )
@@ -223,7 +241,8 @@ def _eigenvalue_product(layer: LayerState) -> LayerState:
     """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
     lambda_phi = eigenvalues_in(unit_trace(layer.phi), layer.q_phi)
     lambda_psi = eigenvalues_in(unit_trace(layer.psi), layer.q_psi)
-    product = layer.delta * jnp.outer(lambda_phi, lambda_psi)
+    product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
+    product = for_each(layer.delta, product) * product
     return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
 
 
@@ -239,17 +258,19 @@ def _average_theta(tools: _Tools, layer: LayerState, new: jax.Array) -> LayerSta
 def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:
     """X ← βX + (1−β)X_new, or X where the new value cannot be used."""
     beta = jnp.asarray(beta, old.dtype)
-    return jnp.where(ok, beta * old + (1 - beta) * new, old)
+    return jnp.where(for_each(ok, old), beta * old + (1 - beta) * new, old)
 
 
-def _is_finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+def _is_finite(matrices: Any) -> jax.Array:
+    """For each layer whether all entries of its matrices are finite, (*lead)."""
+    finite = [jnp.all(jnp.isfinite(x), axis=(-2, -1)) for x in jax.tree.leaves(matrices)]
+    return functools.reduce(jnp.logical_and, finite)
 
 
 def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options) -> jax.Array:
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
     due = [count % interval == 0 for interval in intervals]
-    missing = [~layer.basis_valid | (layer.theta_weight == 0) for layer in layers.values()]
+    missing = [jnp.any(~layer.basis_valid | (layer.theta_weight == 0)) for layer in layers.values()]
     return jnp.any(jnp.stack([*due, *missing]))
 
 

@@ -1,23 +1,18 @@
 """How a traced function uses the leaves of its first argument.
 
 A capture is exact only if the layer that was seen really owns its kernel: it must *be* a leaf
-of argument 0, and nothing else may use that leaf together with the data. Python sees neither
-(a kernel inside `nn.jit` is a new tracer, a tied kernel looks like any other), the jaxpr sees
-both. So the interceptor leaves named markers in an abstract trace, and this module reads them.
+of argument 0 (or the slice of one that a scan or vmap takes), and nothing else may use that leaf
+together with the data.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.extend import core
 
-_MARKER = re.compile(r"tekfac:(\d+):(\w+)")
-# Calls that only group equations; what happens inside happens outside.
-_CALLS = frozenset({"jit", "pjit", "checkpoint", "remat", "remat2", "closed_call", "core_call"})
+from tekfac_jax._marks import Body, Mark, body_of, mark_of, marks_below, scan_layout
+
 # One operand in, the same numbers out.
 _COPIES = frozenset(
     {"name", "convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast"}
@@ -29,45 +24,71 @@ _LINEAR = _COPIES | frozenset(
 )  # fmt: skip
 
 
+class Leaf(NamedTuple):
+    """A leaf of argument 0 as some value sees it.
+
+    Attributes:
+        number: which leaf.
+        axes: for each axis of the value the leaf's axis.
+        scanned: for each surrounding scan the leaf's axis that it runs over, or None.
+    """
+
+    number: int
+    axes: tuple[int, ...]
+    scanned: tuple[int | None, ...] = ()
+
+
 class Marked(NamedTuple):
     """Where one marked value was found.
 
     Attributes:
-        leaf: index of the leaf of argument 0 that the value is (up to its dtype), or None.
-        ndim: rank in the jaxpr; larger than the rank that Python saw under `jax.vmap`.
-        inside: the primitive that hides it (``"scan"``, ...), or None at the top level.
-        cached: whether a traced-once call (`jax.jit`, `jax.checkpoint`) surrounds it.
+        leaf: the leaf of argument 0 that the value is (up to its dtype), or None.
+        vmapped: sizes of the axes that `vmap` put in front.
     """
 
-    leaf: int | None
-    ndim: int
+    leaf: Leaf | None
+    vmapped: tuple[int, ...]
+
+
+class Occurrence(NamedTuple):
+    """One call of a layer in the program. A function that is traced once may occur often.
+
+    Attributes:
+        number: of the call that Python saw.
+        marks: what was marked there, by role.
+        scans: lengths of the surrounding scans, outermost first.
+        inside: the primitive that hides it (``"while"``, ...), or None.
+    """
+
+    number: int
+    marks: dict[str, Marked]
+    scans: tuple[int, ...]
     inside: str | None
-    cached: bool
 
 
 class Usage(NamedTuple):
     """What `read_usage` finds.
 
     Attributes:
-        marked: (call number, role) -> where it is.
+        occurrences: calls of layers, in the order of execution.
+        models: number of the outermost module call -> how many scans are around it.
+        others: leaf -> number of the call of a layer of no supported type that it belongs to.
         entangled: leaves that meet the data elsewhere than in the layer that owns them.
-        repeated: numbers of calls that stand more than once in the program.
     """
 
-    marked: dict[tuple[int, str], Marked]
+    occurrences: list[Occurrence]
+    models: dict[int, int]
+    others: dict[int, int]
     entangled: frozenset[int]
-    repeated: frozenset[int]
 
 
 class _Value(NamedTuple):
-    leaf: int | None = None
+    leaf: Leaf | None = None
     reads: frozenset[int] = frozenset()  # leaves read outside their layer
     data: bool = False  # depends on the data
 
-
-def mark(value: Any, call: int, role: str) -> None:
-    """Leaves a named marker for `value` in the trace; computes nothing."""
-    checkpoint_name(value, f"tekfac:{call}:{role}")
+    def all_reads(self) -> frozenset[int]:
+        return self.reads if self.leaf is None else self.reads | {self.leaf.number}
 
 
 def read_usage(jaxpr: core.ClosedJaxpr, num_leaves: int) -> Usage:
@@ -80,27 +101,28 @@ def read_usage(jaxpr: core.ClosedJaxpr, num_leaves: int) -> Usage:
     body = jaxpr.jaxpr
     # A scalar is a coefficient (a loss scale, a penalty weight); data has a batch axis.
     inputs = [
-        _Value(leaf=i) if i < num_leaves else _Value(data=bool(v.aval.shape))
+        _Value(Leaf(i, tuple(range(v.aval.ndim))))
+        if i < num_leaves
+        else _Value(data=bool(v.aval.shape))
         for i, v in enumerate(body.invars)
     ]
-    constants = [_Value(data=bool(v.aval.shape)) for v in body.constvars]
-    reader.walk(body, constants, inputs)
-    return Usage(reader.marked, frozenset(reader.entangled), frozenset(reader.repeated))
+    reader.walk(body, jaxpr.consts, inputs)
+    return Usage(reader.occurrences, reader.models, reader.others, frozenset(reader.entangled))
 
 
 class _Reader:
     """One pass over a jaxpr, in execution order."""
 
     def __init__(self) -> None:
-        self.marked: dict[tuple[int, str], Marked] = {}
+        self.occurrences: list[Occurrence] = []
+        self.models: dict[int, int] = {}
+        self.others: dict[int, int] = {}
         self.entangled: set[int] = set()
-        self.repeated: set[int] = set()
-        self.open: dict[int, set[int]] = {}  # layer calls being executed -> leaves they own
-        self.depth = 0  # surrounding calls
+        self.open: dict[int, Occurrence] = {}  # layer calls being executed
+        self.scans: tuple[int, ...] = ()
 
-    def walk(
-        self, jaxpr: Any, constants: Sequence[_Value], inputs: Sequence[_Value]
-    ) -> list[_Value]:
+    def walk(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[_Value]) -> list[_Value]:
+        constants = [_Value(data=bool(getattr(c, "shape", ()))) for c in consts]
         env = dict(zip(jaxpr.constvars, constants, strict=True))
         env.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -113,44 +135,82 @@ class _Reader:
         return [read(atom) for atom in jaxpr.outvars]
 
     def step(self, eqn: Any, operands: list[_Value]) -> list[_Value]:
-        marker = _marker(eqn)
-        if marker:
-            ndim = eqn.invars[0].aval.ndim
-            self.meet(marker, Marked(operands[0].leaf, ndim, None, self.depth > 0))
+        found = mark_of(eqn)
+        if found:
+            self.meet(found, Marked(operands[0].leaf, found.vmapped))
             return operands
         if eqn.primitive.name == "optimization_barrier":
             return operands
-        if eqn.primitive.name in _CALLS:
-            body, consts = _open_jaxpr(eqn.params["jaxpr"])
-            constants = [_Value(data=bool(getattr(c, "shape", ()))) for c in consts]
-            self.depth += 1
-            outputs = self.walk(body, constants, operands)
-            self.depth -= 1
-            return outputs
-        for hidden, var in _markers_below(eqn):
-            self.meet(hidden, Marked(None, var.aval.ndim, eqn.primitive.name, True))
+        body = body_of(eqn)
+        if body and body.kind != "scan":
+            return self.walk(body.jaxpr, body.consts, operands)
+        hidden = list(marks_below(eqn))
+        if body and hidden:
+            return self.scan(eqn, body, operands)
+        for found in hidden:
+            self.meet(found, Marked(None, found.vmapped), inside=eqn.primitive.name)
         return [self.combine(eqn, operands)] * len(eqn.outvars)
 
-    def meet(self, marker: tuple[int, str], found: Marked) -> None:
-        call, role = marker
-        if role == "begin" and marker in self.marked:
-            self.repeated.add(call)
-        self.marked[marker] = found
-        if role == "end":
-            self.open.pop(call, None)
-        elif found.inside is None and role in ("begin", "kernel", "bias"):
-            owned = self.open.setdefault(call, set())
-            if role != "begin" and found.leaf is not None:
-                owned.add(found.leaf)
+    def scan(self, eqn: Any, body: Body, operands: list[_Value]) -> list[_Value]:
+        layout = scan_layout(eqn, body)
+        num_consts, carried = layout.consts, layout.consts + layout.carry
+        inputs = []
+        for i, value in enumerate(operands):
+            leaf = value.leaf
+            if leaf and i < num_consts:
+                inputs.append(value._replace(leaf=leaf._replace(scanned=(*leaf.scanned, None))))
+            elif leaf and i >= carried:
+                first, *rest = leaf.axes
+                leaf = Leaf(leaf.number, tuple(rest), (*leaf.scanned, first))
+                inputs.append(value._replace(leaf=leaf))
+            else:  # what is carried may change from one iteration to the next
+                data = value.data or i >= num_consts
+                inputs.append(_Value(reads=value.all_reads(), data=data))
+        self.scans = (*self.scans, eqn.params["length"])
+        outputs = self.walk(body.jaxpr, body.consts, inputs)
+        self.scans = self.scans[:-1]
+        for before, after in zip(inputs[num_consts:carried], outputs, strict=False):
+            # Read in one iteration, met by the data in the next.
+            self.entangled |= after.all_reads() - before.reads
+        return [_Value(reads=v.all_reads(), data=True) for v in outputs]
+
+    def meet(self, found: Mark, marked: Marked, inside: str | None = None) -> None:
+        if found.role == "model":
+            self.models[found.call] = max(len(self.scans), self.models.get(found.call, 0))
+            return
+        if found.role.startswith("other_"):
+            if marked.leaf is not None:
+                self.others.setdefault(marked.leaf.number, found.call)
+            return
+        if found.role == "begin":
+            occurrence = Occurrence(found.call, {}, self.scans, inside)
+            self.occurrences.append(occurrence)
+            self.open[found.call] = occurrence
+        if found.call in self.open:
+            self.open[found.call].marks[found.role] = marked
+        if found.role == "end":
+            self.open.pop(found.call, None)
 
     def combine(self, eqn: Any, operands: list[_Value]) -> _Value:
         name = eqn.primitive.name
-        owned: set[int | None] = {None}.union(*self.open.values())
-        if name in _COPIES and len(operands) == 1 and operands[0].leaf is not None:
+        leaf = operands[0].leaf if len(operands) == 1 else None
+        if leaf and name in _COPIES:
             if jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):  # rounding is no copy
                 return operands[0]
-        foreign = [v.reads if v.leaf in owned else v.reads | {v.leaf} for v in operands]
-        reads: frozenset[Any] = frozenset().union(*foreign)
+        if leaf and name == "transpose":
+            axes = tuple(leaf.axes[axis] for axis in eqn.params["permutation"])
+            return operands[0]._replace(leaf=leaf._replace(axes=axes))
+        owned = {
+            marked.leaf.number
+            for occurrence in self.open.values()
+            if occurrence.inside is None
+            for role, marked in occurrence.marks.items()
+            if role in ("kernel", "bias") and marked.leaf is not None
+        }
+        foreign = [
+            v.reads if v.leaf and v.leaf.number in owned else v.all_reads() for v in operands
+        ]
+        reads: frozenset[int] = frozenset().union(*foreign)
         data = any(v.data for v in operands) or bool(self.open)
         if reads and data:
             tainted = [bool(r) or v.data for r, v in zip(foreign, operands, strict=True)]
@@ -161,31 +221,3 @@ class _Reader:
                 self.entangled |= reads
                 reads = frozenset()
         return _Value(reads=reads, data=data)
-
-
-def _marker(eqn: Any) -> tuple[int, str] | None:
-    if eqn.primitive.name != "name":
-        return None
-    match = _MARKER.fullmatch(eqn.params["name"])
-    return (int(match[1]), match[2]) if match else None
-
-
-def _markers_below(eqn: Any) -> Iterable[tuple[tuple[int, str], Any]]:
-    """Markers in the jaxprs of an equation that is not walked into."""
-    for jaxpr in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-        if _is_jaxpr(jaxpr):
-            for inner in _open_jaxpr(jaxpr)[0].eqns:
-                marker = _marker(inner)
-                if marker:
-                    yield marker, inner.invars[0]
-                yield from _markers_below(inner)
-
-
-def _is_jaxpr(value: Any) -> bool:
-    return hasattr(value, "eqns")
-
-
-def _open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    if hasattr(jaxpr, "consts"):
-        return jaxpr.jaxpr, jaxpr.consts
-    return jaxpr, ()

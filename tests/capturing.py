@@ -61,13 +61,13 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def captured_gradients(layers, stats) -> dict[str, jax.Array]:
-    """G_n of each layer, [N, in[+1], out]."""
+    """G_n of each layer, [N, *lead, in[+1], out]."""
     gradients = {}
     for path, spec in layers.items():
         total: Any = 0.0
         for capture in stats.layers[path]:
             a, u = normal_form(spec, capture, stats.scale.dtype)
-            total += jnp.einsum("nti,nto->nio", a, u) * stats.scale
+            total += jnp.einsum("...nti,...nto->n...io", a, u) * stats.scale
         gradients[path] = total
     return gradients
 

@@ -55,12 +55,6 @@ def named(factory):
     return lambda x: factory(name="odd")(x)
 
 
-class Scanned(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return jnp.tanh(nn.Dense(4)(x)), None
-
-
 class Subclass(nn.Dense):
     pass
 
@@ -71,16 +65,39 @@ class OwnLayer(nn.Module):
         return x @ self.param("kernel", nn.initializers.lecun_normal(), (4, 4), x.dtype)
 
 
-def scanned(x):
-    blocks = nn.scan(Scanned, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-    return blocks(name="odd")(x, None)[0]
-
-
-def vmapped(x):
+def shared_vmap(x):
     heads = nn.vmap(
-        nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=1, out_axes=1
-    )
+        nn.Dense, variable_axes={"params": None}, split_rngs={"params": False}, in_axes=1,
+        out_axes=1,
+    )  # fmt: skip
     return heads(4, name="odd")(x[:, None] + jnp.zeros((5, 2, 1), x.dtype)).sum(axis=1)
+
+
+class Conditional(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        branch = nn.Dense(4)
+        branch(x)  # makes the parameters
+        return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: -m(x), branch, x)
+
+
+def conditional(x):
+    return Conditional(name="odd")(x)
+
+
+class Looped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        body = nn.Dense(4)
+        body(x)
+        return nn.while_loop(
+            lambda m, c: c[0] < 2, lambda m, c: (c[0] + 1, jnp.tanh(m(c[1]))), body, (0, x)
+        )[1]
+
+
+def looped(x):
+    # Only the forward pass: nothing can be differentiated through a while loop.
+    return x + jax.lax.stop_gradient(Looped(name="odd")(jax.lax.stop_gradient(x)))
 
 
 def tied_embedding(x):
@@ -129,9 +146,6 @@ def mask_of(shape):
 
 _KERNEL, _ANY = "odd/.*kernel", "odd/"
 _UNCOVERED = {
-    "grouped": Case(
-        then(convolution(feature_group_count=2)), {_ANY: "grouped"}, shape=(5, 3, 4)
-    ),
     "transposed": Case(
         then(named(functools.partial(nn.ConvTranspose, 4, (3,)))), {_ANY: "ConvTranspose"},
         shape=(5, 3, 4),
@@ -155,6 +169,10 @@ _UNCOVERED = {
         {_ANY: "Embed"},
     ),
     "tied embedding": Case(then(tied_embedding), {_ANY: "Embed"}),
+    "optimized LSTM": Case(
+        then(lambda x: nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=x.dtype), name="odd")(x)),
+        {"OptimizedLSTM": "DenseParams"}, shape=(5, 3, 4),
+    ),
     "layer norm": Case(then(named(nn.LayerNorm)), {_ANY: "LayerNorm"}),
     "weight norm": Case(
         then(lambda x: nn.WeightNorm(nn.Dense(4, name="odd"), name="norm")(x)),
@@ -184,14 +202,19 @@ _UNCOVERED = {
         then(dense(), lambda x: nn.Dense(4, name="other")(x)), {"other/": "no supported layer"},
         two_paths,
     ),
-    "nn.scan": Case(then(scanned), {_ANY: "scan"}),
-    "nn.vmap": Case(then(vmapped), {_ANY: "vmap"}),
+    "vmap with a shared kernel": Case(then(shared_vmap), {_ANY: "vmap"}),
+    "nn.cond": Case(then(conditional), {_ANY: "inside cond|tied"}),
+    "nn.while_loop": Case(then(looped), {_ANY: "inside while|tied"}),
+    "sliced": Case(
+        then(dense()), {_KERNEL: "computed|no supported"},
+        retie(lambda p: {**p, "kernel": jnp.stack([p["kernel"], p["kernel"]])[1]}),
+    ),
     "scaled": Case(
         then(dense()), {_KERNEL: "computed|no supported"},
         retie(lambda p: {**p, "kernel": 2 * p["kernel"]}),
     ),
     "transposed kernel": Case(
-        then(dense()), {_KERNEL: "computed|no supported"},
+        then(dense()), {_KERNEL: "transposed"},
         retie(lambda p: {**p, "kernel": p["kernel"].T}),
     ),
     "rounded": Case(
