@@ -1,6 +1,7 @@
 """TEKFAC and its siblings KFAC, EKFAC and TKFAC: natural-gradient optimizers for Flax and optax."""
 
 from tekfac_jax._capture import find_layers, make_slots, tap, value_grad_and_stats
+from tekfac_jax._check import check_capture
 from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
@@ -39,6 +40,7 @@ __all__ = [
     "ScaleByTekfacState",
     "Statistics",
     "TrainState",
+    "check_capture",
     "check_state",
     "clip_by_kl",
     "curvature",

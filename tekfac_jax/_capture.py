@@ -5,6 +5,7 @@ this gives is then run for differentiation, with a tag on the output of each of 
 (`_replay`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tekfac_jax._layers import Layers, Statistics
+from tekfac_jax._options import check_number
 from tekfac_jax._trace import (
     Captures,
     Skip,
@@ -75,6 +77,7 @@ def value_grad_and_stats(
     *,
     has_aux: bool = False,
     reduction: Reduction = "mean",
+    loss_scale: float | jax.Array = 1.0,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` over argument 0 that also returns curvature statistics.
 
@@ -91,13 +94,16 @@ def value_grad_and_stats(
         reduction: what the sum of the examples' losses was divided by: ``"mean"`` (the examples
             that `loss_fn` saw), ``"sum"`` (nothing), or a number or scalar array (the number of
             tokens that count, say).
+        loss_scale: what `loss_fn` multiplies its loss by, against underflow in half precision: a
+            number, or a traced scalar where it is dynamic. Value and gradient come back scaled, as
+            from `jax.value_and_grad`; the statistics are those of the loss itself.
 
     Returns:
         Function of (params, *args, **kwargs) that returns ``(value, grads, stats)``, or
         ``((value, aux), grads, stats)``; `stats` is for `update(grads, ..., stats=stats)`.
 
     Raises:
-        ValueError: unknown `reduction`; when called: the loss is no scalar, a layer of `layers`
+        ValueError: unknown `reduction`, `loss_scale` not positive; when called: the loss is no scalar, a layer of `layers`
             is missing, used differently or has another shape, or batch sizes disagree.
 
     Note:
@@ -119,6 +125,7 @@ def value_grad_and_stats(
     """
     _check_layers(layers)
     _check_reduction(reduction)
+    check_number("loss_scale", loss_scale, 0, math.inf, "1.0 is no scale", open_low=True)
 
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
@@ -130,7 +137,8 @@ def value_grad_and_stats(
             divisor: Any = plan.batch_size if reduction == "mean" else 1
         else:
             divisor = reduction
-        return value, grads, Statistics(captures, jnp.asarray(divisor, dtype))
+        scale = jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
+        return value, grads, Statistics(captures, scale)
 
     return wrapped
 

@@ -1,5 +1,7 @@
 """Flax's layer types: which are supported, and how one call becomes a `LayerSpec`."""
 
+import itertools
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -47,11 +49,35 @@ def _dense_fields(module: Any, x: Any, axes: tuple[int, ...]) -> dict[str, Any] 
     return {"kind": "dense", "contracted": len(axes), "axes": axes}
 
 
+def _describe_einsum(module: Any, x: Any) -> dict[str, Any] | str:
+    """An einsum that contracts some axes of its input and puts the new ones last."""
+    if module.einsum_str is None:
+        return "its einsum_str is given at the call"
+    equation = module.einsum_str.replace(" ", "")
+    inputs, kernel, output = equation.replace("->", ",").split(",")
+    unused = (c for c in string.ascii_letters if c not in equation)
+    further = "".join(itertools.islice(unused, x.ndim - len(inputs.replace("...", ""))))
+    inputs, output = (letters.replace("...", further) for letters in (inputs, output))
+    contracted = [c for c in kernel if c in inputs and c not in output]
+    features = [c for c in kernel if c not in inputs]
+    kept = [c for c in inputs if c not in contracted]
+    if list(kernel) != contracted + features or list(output) != kept + features:
+        return f"its einsum {equation!r} is not a contraction with the new axes last, in order"
+    axes = tuple(inputs.index(c) for c in contracted)
+    if not axes or 0 in axes:
+        return "its input has no batch axis in front of what it contracts"
+    return {
+        "kind": "dense", "contracted": len(axes), "axes": tuple(a - x.ndim for a in axes)
+    }  # fmt: skip
+
+
 def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
     window = _tuple(module.kernel_size, 1)
     rank = len(window)
-    if set(_tuple(module.input_dilation, rank)) != {1}:
-        return f"its input is dilated (input_dilation={module.input_dilation})"
+    if module.padding in ("CIRCULAR", "REFLECT") and set(_tuple(module.input_dilation, rank)) != {
+        1
+    }:
+        return f"its input is dilated and padded ({module.input_dilation}, {module.padding})"
     if module.mask is not None:
         return "its kernel is masked"
     if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
@@ -64,8 +90,47 @@ def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
         "groups": int(module.feature_group_count),
         "strides": _tuple(module.strides, rank),
         "dilation": _tuple(module.kernel_dilation, rank),
+        "input_dilation": _tuple(module.input_dilation, rank),
         "padding": _padding(module.padding, rank),
     }
+
+
+def _describe_conv_transpose(module: Any, x: Any) -> dict[str, Any] | str:
+    """A convolution whose input is spread by the strides (`jax.lax.conv_transpose`)."""
+    window = _tuple(module.kernel_size, 1)
+    rank = len(window)
+    if module.mask is not None:
+        return "its kernel is masked"
+    if module.transpose_kernel:
+        return "its kernel is transposed (transpose_kernel=True)"
+    if module.padding == "CIRCULAR":
+        return "it has circular padding"
+    if x.ndim < rank + 2:
+        return "its input has no batch axis"
+    strides, dilation = _tuple(module.strides, rank), _tuple(module.kernel_dilation, rank)
+    padding = _padding(module.padding, rank)
+    if isinstance(padding, str):
+        extent = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
+        padding = tuple(map(_transposed_padding, extent, strides, [padding] * rank))
+    return {
+        "kind": "conv",
+        "contracted": rank + 1,
+        "strides": (1,) * rank,
+        "dilation": dilation,
+        "input_dilation": strides,
+        "padding": padding,
+    }
+
+
+def _transposed_padding(extent: int, stride: int, padding: str) -> tuple[int, int]:
+    """Padding that makes the output as large as the input of the convolution it transposes."""
+    if padding == "SAME":
+        total = extent + stride - 2
+        low = extent - 1 if stride > extent - 1 else -(-total // 2)
+    else:  # VALID
+        total = extent + stride - 2 + max(extent - stride, 0)
+        low = extent - 1
+    return low, total - low
 
 
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
@@ -87,7 +152,9 @@ def _padding(padding: Any, rank: int) -> Any:
 _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
     nn.Dense: lambda module, x: _dense_fields(module, x, (x.ndim - 1,)),
     nn.DenseGeneral: _describe_dense,
+    nn.Einsum: _describe_einsum,
     nn.Conv: _describe_conv,
+    nn.ConvTranspose: _describe_conv_transpose,
 }
 
 

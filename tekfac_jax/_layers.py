@@ -72,6 +72,7 @@ class LayerSpec:
         axes: dense: the input axes that are contracted, counted from the end (negative).
         strides: conv: window strides.
         dilation: conv: kernel dilation.
+        input_dilation: conv: how far apart the input's positions are spread, zeros between them.
         padding: conv: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"``
             or (low, high) for each spatial axis.
         positions: T in the example that the layer was found with, over all its calls. Only for
@@ -92,6 +93,7 @@ class LayerSpec:
     axes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
+    input_dilation: tuple[int, ...] = ()
     padding: Padding = ()
     positions: int = dataclasses.field(default=1, compare=False)
 
@@ -333,12 +335,16 @@ def _pad(spec: LayerSpec, a: jax.Array) -> jax.Array:
     if spec.padding in _PAD_MODES:
         pads = [(0, 0), *(((e - 1) // 2, e // 2) for e in extent), (0, 0)]
         return jnp.pad(a, pads, mode=_PAD_MODES[spec.padding])
+    spread = [(n - 1) * d + 1 for n, d in zip(a.shape[1:-1], spec.input_dilation, strict=True)]
     if spec.padding == "CAUSAL":
         spatial: Any = [(extent[0] - 1, 0)]
     elif isinstance(spec.padding, str):
-        spatial = lax.padtype_to_pads(a.shape[1:-1], extent, spec.strides, spec.padding)
+        spatial = lax.padtype_to_pads(spread, extent, spec.strides, spec.padding)
     else:
         spatial = spec.padding
     # Negative padding crops, as in lax.conv_general_dilated.
-    config = [(0, 0, 0), *((int(low), int(high), 0) for low, high in spatial), (0, 0, 0)]
-    return lax.pad(a, np.zeros((), a.dtype), config)
+    inner = [
+        (int(low), int(high), d - 1)
+        for (low, high), d in zip(spatial, spec.input_dilation, strict=True)
+    ]
+    return lax.pad(a, np.zeros((), a.dtype), [(0, 0, 0), *inner, (0, 0, 0)])

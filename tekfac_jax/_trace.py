@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from tekfac_jax._flax_layers import describe, is_supported
+from tekfac_jax._fresh import make_fresh_jaxpr
 from tekfac_jax._layers import (
     Capture,
     Layers,
@@ -63,18 +63,6 @@ class Trace(NamedTuple):
         return jax.tree.map(lambda o: next(remaining) if isinstance(o, _Output) else o, self.output)
 
 
-_trace_numbers = itertools.count()
-
-
-def _fresh_trace() -> Any:
-    """A context in which nothing that was traced before is found in JAX's caches.
-
-    `nn.jit` keeps its traces; a cached one would run no interceptor. The metadata is part of the
-    cache key and changes no number.
-    """
-    return set_xla_metadata(tekfac_trace=str(next(_trace_numbers)))
-
-
 def trace_layers(
     fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Trace:
@@ -103,8 +91,7 @@ def trace_layers(
         return [o for o in jax.tree.leaves(result) if isinstance(o, jax.Array)]
 
     arrays = [leaf for leaf, is_arr in zip(others, is_array, strict=True) if is_arr]
-    with _fresh_trace():
-        jaxpr = jax.make_jaxpr(traced)(leaves, arrays)
+    jaxpr = make_fresh_jaxpr(traced, leaves, arrays)
     usage = read_usage(jaxpr, len(leaves))
     return Trace(jaxpr, arrays, calls, owners, differentiated, usage, paths, output[0])
 

@@ -13,6 +13,8 @@ import pytest
 from flax.core import freeze
 
 import tekfac_jax as tekfac
+from tekfac_jax import _check
+from tekfac_jax._statistics import sum_over_examples
 from tests.capturing import (
     EXACT,
     HALF,
@@ -75,6 +77,21 @@ def conv(features, window, **options):
     return lambda x: nn.Conv(features, window, **options)(jnp.sin(x))
 
 
+def conv_transpose(features, window, **options):
+    return lambda x: nn.ConvTranspose(features, window, **options)(jnp.sin(x))
+
+
+def einsum(shape, equation, **options):
+    return lambda x: nn.Einsum(shape, equation, **options)(jnp.sin(x))
+
+
+_EINSUM = {
+    "einsum heads": (einsum((4, 2, 3), "btd,dhk->bthk"), (5, 3, 4), 1),
+    "einsum of heads": (einsum((2, 3, 4), "b...hk,hkd->b...d"), (5, 6, 2, 3), 1),
+    "einsum in another order": (
+        einsum((3, 2, 4), "bhtk, khd -> btd", use_bias=False), (5, 2, 6, 3), 1,
+    ),
+}  # fmt: skip
 _CONV = {
     "1d stride": (conv(3, (3,), strides=2), (5, 8, 2), 1),
     "1d int window": (conv(3, 3), (5, 6, 2), 1),
@@ -106,12 +123,27 @@ _CONV = {
     "extra axis": (conv(3, (2, 2), strides=2), (5, 2, 4, 3, 2), 1),
     "two extra axes, circular": (conv(3, (3,), padding="CIRCULAR"), (5, 2, 3, 4, 2), 1),
     "extra axis, causal": (conv(3, (3,), padding="CAUSAL"), (5, 2, 4, 2), 1),
+    "dilated input": (
+        conv(3, (3, 2), input_dilation=(2, 1), padding=1, strides=(1, 2)), (5, 3, 4, 2), 1,
+    ),
+    "dilated input, same": (conv(3, (3,), input_dilation=3, strides=2), (5, 4, 2), 1),
+    "transposed": (conv_transpose(3, (3, 2), strides=(2, 1)), (5, 3, 4, 2), 1),
+    "transposed, wide stride": (conv_transpose(3, (2,), strides=4), (5, 3, 2), 1),
+    "transposed, valid": (
+        conv_transpose(3, (3, 2), strides=(2, 3), padding="VALID"), (5, 3, 4, 2), 1,
+    ),
+    "transposed, dilation": (
+        conv_transpose(3, (3,), strides=2, kernel_dilation=2, use_bias=False), (5, 4, 2), 1,
+    ),
+    "transposed, padding": (
+        conv_transpose(3, (3,), strides=2, padding=((1, 2),)), (5, 4, 2), 1,
+    ),
     "net": (
         lambda x: nn.Dense(3)(jnp.tanh(conv(2, (2, 2))(conv(3, (3, 3))(x))).reshape(len(x), -1)),
         (5, 3, 3, 2), 3,
     ),
 }  # fmt: skip
-_TYPES = {**_DENSE, **_CONV}
+_TYPES = {**_DENSE, **_EINSUM, **_CONV}
 
 
 @x64
@@ -510,6 +542,37 @@ def test_half_precision(half):
     assert_sums_to_gradient(layers, stats, grads, HALF)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_loss_scale(dynamic):
+    """In float16 the gradients of small losses vanish; scaled they are there, and so is Θ."""
+    model, x = Net(lambda x: nn.Dense(3, dtype=jnp.float16)(x)), randn(6, 4)
+    params = random_params(model, x)
+
+    def loss(params, x, scale):
+        outputs = model.apply({"params": params}, x).astype(jnp.float32)
+        return scale * 1e-7 * losses_of(outputs).mean()
+
+    def step(params, x, scale):
+        given = scale if dynamic else 2.0**20
+        fn = tekfac.value_grad_and_stats(loss, layers, loss_scale=given)
+        _, grads, stats = fn(params, x, scale)
+        tx = tekfac.scale_by_tekfac(layers)
+        _, state = tx.update(grads, tx.init(params), params, stats=stats)
+        return grads, stats, tekfac.curvature(state)["Dense_0"]
+
+    layers = tekfac.find_layers(loss, params, x, 1.0)
+    scale = jnp.float32(2**20)
+    grads, stats, curvature = jax.jit(step)(params, x, scale)
+    assert_sums_to_gradient(layers, stats, grads, HALF, divisor=6 / scale)
+    exact = Net(lambda x: nn.Dense(3)(x))
+    per_example = jax.vmap(
+        jax.grad(lambda p, x: 1e-7 * losses_of(exact.apply({"params": p}, x[None]))[0]), (None, 0)
+    )(params, x)
+    trace = sum((leaf**2).sum() for leaf in jax.tree.leaves(per_example)) / len(x)
+    assert float(curvature.delta) == pytest.approx(float(trace), rel=HALF)
+    assert float(curvature.theta.sum()) == pytest.approx(float(trace), rel=HALF)
+
+
 def test_integer_inputs():
     model = Net(mlp)
     params = random_params(model, randn(5, 4))
@@ -663,3 +726,36 @@ def test_table_lists_every_parameter():
     assert "LayerNorm" in uncovered["LayerNorm_0/scale"]
     with pytest.raises(ValueError, match="skip must be"):
         tekfac.find_layers(loss, params, x, skip=3)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_program_carries_no_trace_of_the_trace():
+    """Labels and markers would change the compilation cache's key from run to run."""
+    model, x = Net(lambda x: nn.jit(Block)()(nn.relu(nn.Dense(4)(x)))), randn(5, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    layers = tekfac.find_layers(loss, params, x)
+    first, second = (
+        jax.jit(tekfac.value_grad_and_stats(loss, layers)).lower(params, x).as_text()
+        for _ in range(2)
+    )
+    assert "tekfac_trace" not in first
+    assert first == second
+
+
+def test_check_capture(monkeypatch):
+    loss, params, x = mlp_case()
+    layers = tekfac.find_layers(loss, params, x)
+    errors = tekfac.check_capture(loss, layers, params, x)
+    assert set(errors) == set(layers)
+    assert max(errors.values()) < 1e-5
+    at_rest = tekfac.check_capture(lambda p, x: 0 * loss(p, x), layers, params, x)
+    assert max(at_rest.values()) == 0
+    with_aux = tekfac.check_capture(lambda p, x: (loss(p, x), 1), layers, params, x, has_aux=True)
+    assert max(with_aux.values()) < 1e-5
+    # Were the captures wrong, it would say so.
+    monkeypatch.setattr(_check, "sum_over_examples", lambda *args: 2 * sum_over_examples(*args))
+    wrong = tekfac.check_capture(loss, layers, params, x)
+    assert all(error == pytest.approx(1, rel=1e-4) for error in wrong.values())

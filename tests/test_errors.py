@@ -144,6 +144,13 @@ def test_unknown_reduction(reduction):
         tekfac.value_grad_and_stats(loss, layers, reduction=reduction)
 
 
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), None, "dynamic"])
+def test_loss_scale_out_of_range(scale):
+    loss, _, _, layers = simple_case()
+    with pytest.raises(ValueError, match=rf"loss_scale must be .*\(0, inf\).*{scale}"):
+        tekfac.value_grad_and_stats(loss, layers, loss_scale=scale)
+
+
 def test_layers_of_a_wrong_type():
     loss, params, x, _ = simple_case()
     for factory in (tekfac.value_grad_and_stats, tekfac.tap):

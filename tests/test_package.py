@@ -12,9 +12,9 @@ PACKAGE = Path(tekfac_jax.__file__).parent
 
 # From the ground up: a module imports only from modules that stand before it.
 ROOMS = [
-    "_layers", "_marks", "_usage", "_replay", "_flax_layers", "_trace", "_capture",
-    "_statistics", "_eigenbasis", "_damping", "_options", "_pytrees", "_state", "_fisher",
-    "_batch", "_transform", "_optimizers", "train_state", "__init__",
+    "_layers", "_fresh", "_marks", "_usage", "_replay", "_flax_layers", "_trace",
+    "_statistics", "_eigenbasis", "_damping", "_options", "_capture", "_pytrees", "_check",
+    "_state", "_fisher", "_batch", "_transform", "_optimizers", "train_state", "__init__",
 ]  # fmt: skip
 
 

@@ -140,21 +140,44 @@ def convolution(**options):
     return named(functools.partial(nn.Conv, 4, (3,), **options))
 
 
+def transposed(**options):
+    return named(functools.partial(nn.ConvTranspose, 4, (3,), **options))
+
+
 def mask_of(shape):
     return jnp.asarray(np.arange(np.prod(shape)).reshape(shape) % 2, jnp.result_type(float))
 
 
 _KERNEL, _ANY = "odd/.*kernel", "odd/"
 _UNCOVERED = {
-    "transposed": Case(
-        then(named(functools.partial(nn.ConvTranspose, 4, (3,)))), {_ANY: "ConvTranspose"},
-        shape=(5, 3, 4),
+    "transposed, its kernel too": Case(
+        then(transposed(transpose_kernel=True)), {_ANY: "transpose_kernel"}, shape=(5, 3, 4)
+    ),
+    "transposed, circular": Case(
+        then(transposed(padding="CIRCULAR")), {_ANY: "circular"}, shape=(5, 3, 4)
+    ),
+    "transposed, masked": Case(
+        then(lambda x: nn.ConvTranspose(4, (3,), mask=mask_of((3, 4, 4)), name="odd")(x)),
+        {_ANY: "mask"}, shape=(5, 3, 4),
+    ),
+    "einsum with shared axes": Case(
+        then(lambda x: nn.Einsum((3, 4, 4), "btd,tde->bte", name="odd")(x)),
+        {_ANY: "einsum"}, shape=(5, 3, 4),
+    ),
+    "einsum with the new axis first": Case(
+        then(lambda x: nn.Einsum((4, 4), "btd,ed->bte", name="odd")(x)),
+        {_ANY: "einsum"}, shape=(5, 3, 4),
+    ),
+    "einsum given at the call": Case(
+        then(lambda x: nn.Einsum((4, 4), name="odd")(x, "btd,de->bte")),
+        {_ANY: "at the call"}, shape=(5, 3, 4),
     ),
     "local": Case(
         then(named(functools.partial(nn.ConvLocal, 4, (2,)))), {_ANY: "ConvLocal"}, shape=(5, 3, 4)
     ),
-    "dilated input": Case(
-        then(convolution(input_dilation=2, padding=1)), {_ANY: "input_dilation"}, shape=(5, 3, 4)
+    "dilated input, circular": Case(
+        then(convolution(input_dilation=2, padding="CIRCULAR")), {_ANY: "dilated"},
+        shape=(5, 3, 4),
     ),
     "masked conv": Case(
         then(lambda x: nn.Conv(4, (3,), mask=mask_of((3, 4, 4)), name="odd")(x)),
