@@ -82,8 +82,11 @@ def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
             f"{spec.bias_shape}. {remedy}"
         )
     inputs = spec.kernel_shape[: spec.contracted]
-    if spec.kind == "conv":
-        seen: tuple[int, ...] = a[-1:]
+    if spec.kind == "embed":
+        seen: tuple[int, ...] = a
+        inputs = u[:-1]
+    elif spec.kind == "conv":
+        seen = a[-1:]
         inputs = (inputs[-1] * spec.groups,)
     else:
         seen = tuple(a[axis] for axis in spec.axes)

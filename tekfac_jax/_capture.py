@@ -103,8 +103,9 @@ def value_grad_and_stats(
         ``((value, aux), grads, stats)``; `stats` is for `update(grads, ..., stats=stats)`.
 
     Raises:
-        ValueError: unknown `reduction`, `loss_scale` not positive; when called: the loss is no scalar, a layer of `layers`
-            is missing, used differently or has another shape, or batch sizes disagree.
+        ValueError: unknown `reduction`, `loss_scale` not positive; when called: the loss is no
+            scalar, a layer of `layers` is missing, used differently or has another shape, or batch
+            sizes disagree.
 
     Note:
         With train-mode BatchNorm the sum of the statistics' gradients is the batch gradient, but

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._capture import value_grad_and_stats
+from tekfac_jax._contract import gradient_of
 from tekfac_jax._layers import Layers, at_least_float32
 from tekfac_jax._pytrees import gather_matrices
-from tekfac_jax._statistics import HIGHEST, sum_over_examples
+from tekfac_jax._statistics import sum_over_examples
 
 
 def check_capture(
@@ -54,9 +55,6 @@ def check_capture(
         True
     """
 
-    def total(a: jax.Array, u: jax.Array) -> jax.Array:
-        return jnp.einsum("...nti,...nto->...io", a, u, precision=HIGHEST)
-
     @jax.jit
     def errors(params: Any) -> dict[str, jax.Array]:
         fn = value_grad_and_stats(loss_fn, layers, has_aux=has_aux)
@@ -67,7 +65,7 @@ def check_capture(
         found = {}
         for path, spec in layers.items():
             dtype = at_least_float32(spec.dtype)
-            captured = sum_over_examples(total, spec, stats.layers[path], one, dtype)
+            captured = sum_over_examples(gradient_of(spec), spec, stats.layers[path], one, dtype)
             expected = gradients[path].astype(dtype)
             difference = jnp.linalg.norm((captured - expected).ravel())
             norm = jnp.linalg.norm(expected.ravel())

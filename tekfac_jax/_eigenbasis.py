@@ -1,4 +1,7 @@
-"""The Kronecker-factored eigenbasis: finding it, moving Θ into it, using it."""
+"""The Kronecker-factored eigenbasis: finding it, moving Θ into it, using it.
+
+Q_Φ is None where it is the identity; Φ is then a vector, its diagonal.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +19,7 @@ def eigenvectors(
     A factor is divided by its trace first: eigenvectors do not care, and float32 neither
     over- nor underflows. `eigh` answers bad input with NaN instead of an error.
     """
-    total = trace(factor)[..., None, None]
+    total = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
     q = _eigh(factor / jnp.where(total > 0, total, 1))
     return q, jnp.all(jnp.isfinite(q), axis=(-2, -1))
 
@@ -33,51 +36,60 @@ def _eigh(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
     return q.reshape(factor.shape)
 
 
-def trace(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead"]:
-    """The trace of each factor."""
-    return jnp.trace(factor, axis1=-2, axis2=-1)
+def trace(
+    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"], q: Float[Array, "*lead d d"] | None
+) -> Float[Array, "*lead"]:
+    """The trace of each factor; without a basis it is the vector of a diagonal."""
+    return jnp.sum(factor, axis=-1) if q is None else jnp.trace(factor, axis1=-2, axis2=-1)
 
 
 def eigenvalues_in(
-    factor: Float[Array, "*lead d d"], q: Float[Array, "*lead d d"]
+    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"],
+    q: Float[Array, "*lead d d"] | None,
 ) -> Float[Array, "*lead d"]:
     """diag(Qᵀ X Q), not below zero: the eigenvalues where Q is the factor's own eigenbasis."""
+    if q is None:
+        return jnp.maximum(factor, 0)
     rotated = jnp.matmul(factor, q, precision=HIGHEST)
     return jnp.maximum(jnp.sum(q * rotated, axis=-2), 0)
 
 
 def transport(
     theta: Float[Array, "*lead i o"],
-    old: tuple[Float[Array, "*lead i i"], Float[Array, "*lead o o"]],
-    new: tuple[Float[Array, "*lead i i"], Float[Array, "*lead o o"]],
+    old: tuple[Float[Array, "*lead i i"] | None, Float[Array, "*lead o o"]],
+    new: tuple[Float[Array, "*lead i i"] | None, Float[Array, "*lead o o"]],
 ) -> Float[Array, "*lead i o"]:
     """Θ of an old basis seen in a new one: (R_Φ∘R_Φ)ᵀ Θ (R_Ψ∘R_Ψ) with R = Q_oldᵀ Q_new.
 
     The diagonal of the old operator in the new basis. Keeps the trace and the sign, and undoes
     exactly what `eigh` may do to the order and the signs of its columns.
     """
-    r_phi, r_psi = (
-        jnp.matmul(q_old.mT, q_new, precision=HIGHEST) ** 2
-        for q_old, q_new in zip(old, new, strict=True)
-    )
-    moved = jnp.matmul(r_phi.mT, theta, precision=HIGHEST)
-    return jnp.matmul(moved, r_psi, precision=HIGHEST)
+    (old_phi, old_psi), (new_phi, new_psi) = old, new
+    if old_phi is not None and new_phi is not None:
+        r_phi = jnp.matmul(old_phi.mT, new_phi, precision=HIGHEST) ** 2
+        theta = jnp.matmul(r_phi.mT, theta, precision=HIGHEST)
+    r_psi = jnp.matmul(old_psi.mT, new_psi, precision=HIGHEST) ** 2
+    return jnp.matmul(theta, r_psi, precision=HIGHEST)
 
 
 def rotate(
-    g: Float[Array, "*lead i o"], q_phi: Float[Array, "*lead i j"], q_psi: Float[Array, "*lead o p"]
+    g: Float[Array, "*lead i o"],
+    q_phi: Float[Array, "*lead i j"] | None,
+    q_psi: Float[Array, "*lead o p"],
 ) -> Float[Array, "*lead j p"]:
     """Q_Φᵀ G Q_Ψ: (Q_Φ⊗Q_Ψ)ᵀ vec(G), row-major."""
-    return jnp.matmul(jnp.matmul(q_phi.mT, g, precision=HIGHEST), q_psi, precision=HIGHEST)
+    if q_phi is not None:
+        g = jnp.matmul(q_phi.mT, g, precision=HIGHEST)
+    return jnp.matmul(g, q_psi, precision=HIGHEST)
 
 
 def precondition(
     g: Float[Array, "*lead i o"],
-    q_phi: Float[Array, "*lead i i"],
+    q_phi: Float[Array, "*lead i i"] | None,
     q_psi: Float[Array, "*lead o o"],
     theta: Float[Array, "*lead i o"],
     damping: Float[Array, "*lead"],
 ) -> Float[Array, "*lead i o"]:
     """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ: Algorithm 1's three lines before the step (Eq. 3.9)."""
     scaled = rotate(g, q_phi, q_psi) / (theta + damping[..., None, None])
-    return rotate(scaled, q_phi.mT, q_psi.mT)
+    return rotate(scaled, None if q_phi is None else q_phi.mT, q_psi.mT)

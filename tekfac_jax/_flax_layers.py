@@ -2,7 +2,7 @@
 
 import itertools
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -25,7 +25,7 @@ def describe(module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
     spec = LayerSpec(
         path="",
         kernel_shape=tuple(kernel.shape),
-        use_bias=module.use_bias,
+        use_bias=getattr(module, "use_bias", False),
         dtype=jnp.dtype(kernel.dtype).name,
         **fields,
     )
@@ -74,10 +74,6 @@ def _describe_einsum(module: Any, x: Any) -> dict[str, Any] | str:
 def _describe_conv(module: Any, x: Any) -> dict[str, Any] | str:
     window = _tuple(module.kernel_size, 1)
     rank = len(window)
-    if module.padding in ("CIRCULAR", "REFLECT") and set(_tuple(module.input_dilation, rank)) != {
-        1
-    }:
-        return f"its input is dilated and padded ({module.input_dilation}, {module.padding})"
     if module.mask is not None:
         return "its kernel is masked"
     if module.conv_general_dilated is not None or module.conv_general_dilated_cls is not None:
@@ -149,13 +145,38 @@ def _padding(padding: Any, rank: int) -> Any:
     return tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in padding)
 
 
+# Row numbers are captured as float32, beside gradients; it counts exactly so far.
+_MOST_ROWS = 2**24
+
+
+def _describe_embed(module: Any, x: Any) -> dict[str, Any] | str:
+    if x.ndim == 0:
+        return "its input has no batch axis"
+    if module.num_embeddings > _MOST_ROWS:
+        return f"it has more than {_MOST_ROWS:,} rows"
+    return {"kind": "embed", "contracted": 1}
+
+
 _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
     nn.Dense: lambda module, x: _dense_fields(module, x, (x.ndim - 1,)),
     nn.DenseGeneral: _describe_dense,
     nn.Einsum: _describe_einsum,
     nn.Conv: _describe_conv,
     nn.ConvTranspose: _describe_conv_transpose,
+    nn.Embed: _describe_embed,
 }
+
+
+def kernel_of(module: nn.Module, parameters: Mapping[str, Any]) -> Any:
+    """The layer's kernel among its parameters; None before `init` has made it."""
+    return parameters.get("embedding" if isinstance(module, nn.Embed) else "kernel")
+
+
+def input_dtype(module: Any, x: Any, parameters: Mapping[str, Any]) -> Any:
+    """The dtype in which the layer's input is captured: that of its arithmetic."""
+    if isinstance(module, nn.Embed):
+        return jnp.dtype(jnp.float32)
+    return dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Kind = Literal["dense", "conv"]
+Kind = Literal["dense", "conv", "embed"]
 Padding = str | tuple[tuple[int, int], ...]
 
 
@@ -59,7 +59,8 @@ class LayerSpec:
 
     Attributes:
         path: where the dict with the kernel stands in argument 0, keys joined by ``/``.
-        kind: ``"dense"`` (`nn.Dense`, `nn.DenseGeneral`) or ``"conv"`` (`nn.Conv`).
+        kind: ``"dense"`` (`nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`), ``"conv"`` (`nn.Conv`,
+            `nn.ConvTranspose`) or ``"embed"`` (`nn.Embed`).
         kernel_shape: shape of the kernel as the layer sees it.
         contracted: how many leading axes of the kernel are input axes.
         use_bias: whether a bias stands beside the kernel.
@@ -117,9 +118,19 @@ class LayerSpec:
         """Shape of the bias as the layer sees it."""
         return self.kernel_shape[self.contracted :]
 
+    @property
+    def kernel_name(self) -> str:
+        """What Flax calls the kernel."""
+        return "embedding" if self.kind == "embed" else "kernel"
+
+    @property
+    def has_input_basis(self) -> bool:
+        """Whether Φ is a matrix with eigenvectors; of an embedding it is a vector, and Q_Φ is I."""
+        return self.kind != "embed"
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of kernel and bias as Flax keeps them."""
-        shapes = {"kernel": _stacked(self.kernel_shape, self.stack, self.kernel_stack)}
+        shapes = {self.kernel_name: _stacked(self.kernel_shape, self.stack, self.kernel_stack)}
         if self.use_bias:
             shapes["bias"] = _stacked(self.bias_shape, self.stack, self.bias_stack)
         return shapes
@@ -128,8 +139,9 @@ class LayerSpec:
     def state_bytes(self) -> int:
         """Bytes of optimizer state: Φ, Ψ, Q_Φ, Q_Ψ and Θ in at least float32."""
         itemsize = at_least_float32(self.dtype).itemsize
-        square = self.in_dim**2 + self.out_dim**2
-        return itemsize * math.prod(self.lead) * (2 * square + self.in_dim * self.out_dim)
+        phi = 2 * self.in_dim**2 if self.has_input_basis else self.in_dim
+        numbers = phi + 2 * self.out_dim**2 + self.in_dim * self.out_dim
+        return itemsize * math.prod(self.lead) * numbers
 
 
 def _stacked(
@@ -262,10 +274,15 @@ def call_positions(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
 
 
 def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """One call as `a` [*lead, N, T, in[+1]] and `u` [*lead, N, T, out], in `dtype`."""
+    """One call as `a` [*lead, N, T, in[+1]] and `u` [*lead, N, T, out], in `dtype`.
+
+    Of an embedding `a` is [*lead, N, T, 1], the row numbers.
+    """
 
     def one(a: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         n = u.shape[0]
+        if spec.kind == "embed":
+            return a.reshape(n, -1, 1).astype(dtype), u.reshape(n, -1, spec.out_dim).astype(dtype)
         rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
         a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted]) * spec.groups)
         a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)
@@ -335,11 +352,10 @@ def _pad(spec: LayerSpec, a: jax.Array) -> jax.Array:
     if spec.padding in _PAD_MODES:
         pads = [(0, 0), *(((e - 1) // 2, e // 2) for e in extent), (0, 0)]
         return jnp.pad(a, pads, mode=_PAD_MODES[spec.padding])
-    spread = [(n - 1) * d + 1 for n, d in zip(a.shape[1:-1], spec.input_dilation, strict=True)]
     if spec.padding == "CAUSAL":
         spatial: Any = [(extent[0] - 1, 0)]
     elif isinstance(spec.padding, str):
-        spatial = lax.padtype_to_pads(spread, extent, spec.strides, spec.padding)
+        spatial = lax.padtype_to_pads(a.shape[1:-1], extent, spec.strides, spec.padding)
     else:
         spatial = spec.padding
     # Negative padding crops, as in lax.conv_general_dilated.

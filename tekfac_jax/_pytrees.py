@@ -40,7 +40,7 @@ def scatter_matrices(grads: Any, layers: Layers, matrices: dict[str, jax.Array])
     for path, matrix in matrices.items():
         spec = layers[path]
         kernel, bias = from_matrix(spec, matrix)
-        new[parameter_path(path, "kernel")] = kernel
+        new[parameter_path(path, spec.kernel_name)] = kernel
         if bias is not None:
             new[parameter_path(path, "bias")] = bias
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(grads, is_leaf=_is_absent)
@@ -55,14 +55,15 @@ def captured_mask(tree: Any, layers: Layers) -> Any:
     """A pytree like `tree`: True where a leaf belongs to one of the layers."""
     names = set()
     for path, spec in layers.items():
-        names |= {parameter_path(path, name) for name in ("kernel", "bias")[: 1 + spec.use_bias]}
+        names |= {parameter_path(path, name) for name in spec.parameter_shapes()}
     return jax.tree_util.tree_map_with_path(lambda path, leaf: join_path(path) in names, tree)
 
 
 def layer_path(key_path: tuple[Any, ...]) -> str | None:
     """The path of the layer whose kernel or bias stands at that key path, were there one."""
     *home, name = key_path or ("",)
-    return join_path(tuple(home)) if join_path((name,)) in ("kernel", "bias") else None
+    names = ("kernel", "bias", "embedding")
+    return join_path(tuple(home)) if join_path((name,)) in names else None
 
 
 def _is_absent(node: Any) -> bool:
@@ -101,7 +102,7 @@ def _layer_leaves(
                 f"the gradient of {parameter_path(path, name)!r} has shape {leaves[name].shape}, "
                 f"find_layers saw {shape}; call find_layers again for this network"
             )
-    return leaves["kernel"], leaves.get("bias")
+    return leaves[spec.kernel_name], leaves.get("bias")
 
 
 def _lookup(name: str, found: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ class LayerState(NamedTuple):
 
     Layers that are stacked in one parameter, and the groups of a convolution, have axes of their
     own in front of each array (`LayerSpec.lead`); where there are none the shapes are as below.
+    Of an embedding `phi` is a vector, (i,), and `q_phi` is None: its basis is the standard one.
     Averages start at zero and carry their own weight, w ← βw + (1−β), by which they are divided
     when read: the first update is an assignment.
     """
@@ -23,7 +24,7 @@ class LayerState(NamedTuple):
     psi: jax.Array  # (o, o) average of δΨ; of U in KFAC and EKFAC
     factor_weight: jax.Array  # () weight of these two
     delta: jax.Array  # () δ, debiased: the trace of the layer's Fisher block
-    q_phi: jax.Array  # (i, i) eigenvectors of Φ in columns
+    q_phi: Any  # (i, i) eigenvectors of Φ in columns
     q_psi: jax.Array  # (o, o) eigenvectors of Ψ in columns
     basis_valid: jax.Array  # () whether there are any yet
     theta: jax.Array  # (i, o) average of Θ in the basis above
@@ -59,7 +60,8 @@ class Curvature(NamedTuple):
         delta: δ, the trace of the Fisher block. Shape (*lead).
         phi: Φ, trace 1, (*lead, in[+1], in[+1]).
         psi: Ψ, trace 1, (*lead, out, out).
-        q_phi: eigenvectors of Φ in columns, (*lead, in[+1], in[+1]).
+        q_phi: eigenvectors of Φ in columns, (*lead, in[+1], in[+1]). Of an embedding None, the
+            identity, and `phi` is the diagonal of Φ, (*lead, in).
         q_psi: eigenvectors of Ψ in columns, (*lead, out, out).
         theta: Θ, (*lead, in[+1], out).
     """
@@ -67,7 +69,7 @@ class Curvature(NamedTuple):
     delta: jax.Array
     phi: jax.Array
     psi: jax.Array
-    q_phi: jax.Array
+    q_phi: jax.Array | None
     q_psi: jax.Array
     theta: jax.Array
 
@@ -87,9 +89,13 @@ def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
             phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, i), q_psi=(o, o),
             basis_valid=(), theta=(i, o), theta_weight=(), damping=(), failures=(),
         )  # fmt: skip
+        if not spec.has_input_basis:
+            shapes["phi"] = (i,)
         state = LayerState(
             **{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()}
         )
+        if not spec.has_input_basis:
+            state = state._replace(q_phi=None)
         return state._replace(
             basis_valid=jnp.zeros(lead, bool), failures=jnp.zeros(lead, jnp.int32)
         )
@@ -143,8 +149,8 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     def read(layer: LayerState) -> Curvature:
         return Curvature(
             delta=layer.delta,
-            phi=unit_trace(layer.phi),
-            psi=unit_trace(layer.psi),
+            phi=unit_trace(layer.phi, layer.q_phi),
+            psi=unit_trace(layer.psi, layer.q_psi),
             q_phi=layer.q_phi,
             q_psi=layer.q_psi,
             theta=debiased(layer.theta, layer.theta_weight),
@@ -153,10 +159,11 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     return {path: read(layer) for path, layer in _layer_states(opt_state).items()}
 
 
-def unit_trace(factor: jax.Array) -> jax.Array:
-    """A factor divided by its trace; I/dim while it is zero."""
-    total = trace(factor)[..., None, None]
-    nothing = jnp.eye(factor.shape[-1], dtype=factor.dtype) / factor.shape[-1]
+def unit_trace(factor: jax.Array, q: jax.Array | None) -> jax.Array:
+    """A factor divided by its trace; I/dim while it is zero. Without a basis: a diagonal."""
+    total = for_each(trace(factor, q), factor)
+    dim = factor.shape[-1]
+    nothing = (jnp.ones(dim) if q is None else jnp.eye(dim)).astype(factor.dtype) / dim
     return jnp.where(total > 0, factor / jnp.where(total > 0, total, 1), nothing)
 
 
@@ -210,7 +217,9 @@ def memory_usage(opt_state: Any) -> dict[str, dict[str, int]]:
     """
 
     def size(*arrays: Any) -> int:
-        return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+        return sum(
+            math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays if x is not None
+        )
 
     return {
         path: {
@@ -254,8 +263,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         kl_clip 1.0
     """
 
-    def spread(factor: jax.Array, q: jax.Array) -> jax.Array:
-        return jnp.max(eigenvalues_in(unit_trace(factor), q)) * factor.shape[-1]
+    def spread(factor: jax.Array, q: jax.Array | None) -> jax.Array:
+        return jnp.max(eigenvalues_in(unit_trace(factor, q), q)) * factor.shape[-1]
 
     scalars = {}
     for path, layer in _layer_states(opt_state).items():

@@ -177,7 +177,10 @@ def _chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
     positions = sum(c.u.size for c in captures) // (layers * n * spec.out_dim)
     if positions == 1:
         return n
-    numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim
+    if spec.kind == "embed":  # G_n only in the rows that an example names
+        numbers = positions * (positions + spec.out_dim)
+    else:
+        numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim
     most = _CHUNK_CPU if jax.default_backend() == "cpu" else _CHUNK
     return max(1, min(n, most, _CHUNK_NUMBERS // (layers * numbers)))
 

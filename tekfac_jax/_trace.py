@@ -13,10 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import dtypes
 from jax.extend import core
 
-from tekfac_jax._flax_layers import describe, is_supported
+from tekfac_jax._flax_layers import describe, input_dtype, is_supported, kernel_of
 from tekfac_jax._fresh import make_fresh_jaxpr
 from tekfac_jax._layers import (
     Capture,
@@ -135,10 +134,11 @@ def _observer(
         def leave_mark(value: Any, role: str) -> Any:
             return mark(value, number, role, lambda: differentiated.add(number))
 
-        def mark_parameters(prefix: str = "") -> None:
+        def mark_parameters(prefix: str = "", kernel: Any = None) -> None:
             for name, value in _parameters_of(module).items():
                 if hasattr(value, "shape"):
-                    leave_mark(value, prefix + re.sub(r"\W", "_", name))
+                    role = "kernel" if value is kernel else re.sub(r"\W", "_", name)
+                    leave_mark(value, prefix + role)
 
         if context.method_name == "setup":
             return next_fun(*args, **kwargs)
@@ -149,14 +149,15 @@ def _observer(
             return result
         x = args[0] if args else kwargs.get("inputs")
         parameters = _parameters_of(module)
-        if not hasattr(x, "shape") or "kernel" not in parameters:  # no array, or a call of `init`
+        kernel = kernel_of(module, parameters)
+        if not hasattr(x, "shape") or kernel is None:  # no array, or a call of `init`
             return next_fun(*args, **kwargs)
         leave_mark(x, "begin")
-        mark_parameters()
+        mark_parameters(kernel=kernel)
         y = leave_mark(next_fun(*args, **kwargs), "end")
-        dtype = dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
+        dtype = input_dtype(module, x, parameters)
         calls[number] = Call(
-            describe(module, x, y, parameters["kernel"]),
+            describe(module, x, y, kernel),
             jax.eval_shape(lambda x: x.astype(dtype), x),
             jax.eval_shape(lambda y: y, y),
             model[0],
@@ -258,11 +259,11 @@ def _verdict(call: Call, occurrence: Occurrence, trace: Trace) -> LayerSpec | st
     if kernel.leaf is None:
         return "its kernel is computed from argument 0, or comes from elsewhere"
     *_, name = trace.paths[kernel.leaf.number]
-    if join_path((name,)) != "kernel":
-        return "its kernel is boxed in metadata: pass flax.linen.unbox(params)"
     spec = call.described
     if isinstance(spec, str):
         return spec
+    if join_path((name,)) != spec.kernel_name:
+        return f"its {spec.kernel_name} is boxed in metadata: pass flax.linen.unbox(params)"
     kernel_stack = _stack_axes(kernel.leaf, len(vmapped))
     if kernel_stack is None:
         return "its kernel is transposed"
@@ -415,7 +416,7 @@ def batch_plan(
     for path, spec in layers.items():
         found = findings.specs.get(path)
         if found is None:
-            why = findings.uncovered.get(parameter_path(path, "kernel"))
+            why = findings.uncovered.get(parameter_path(path, spec.kernel_name))
             raise ValueError(
                 f"layer {path!r} cannot be captured here: "
                 f"{why or 'argument 0 has no such parameter'}. "

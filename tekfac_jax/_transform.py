@@ -19,6 +19,7 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch, read_batch
+from tekfac_jax._contract import factors_of, rescaling_of
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._eigenbasis import (
     eigenvalues_in,
@@ -134,6 +135,14 @@ class _Tools(NamedTuple):
             jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
         )
 
+    def is_finite(self, new: Any) -> jax.Array:
+        """For each of the stacked layers whether all its new numbers are finite, (*lead)."""
+        lead = len(self.spec.lead)
+        finite = [
+            jnp.all(jnp.isfinite(x), axis=tuple(range(lead, x.ndim))) for x in jax.tree.leaves(new)
+        ]
+        return functools.reduce(jnp.logical_and, finite)
+
     def at_interval(self, interval: int) -> jax.Array:
         return self.step % interval == 0
 
@@ -150,23 +159,18 @@ class _Tools(NamedTuple):
 def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
     """Every T_FIM steps: δΦ and δΨ (Eq. 2.10), averaged (Eq. 3.7, 3.8)."""
     member, options = tools.member, tools.options
-    if member.plain:
-        contract = _statistics.plain_factors
-    elif options.factors == "exact":
-        contract = _statistics.exact_factors
-    else:
-        contract = _statistics.location_factors
+    contract = factors_of(tools.spec, "plain" if member.plain else options.factors)
 
     def average(layer: LayerState) -> LayerState:
         new = tools.mean(contract, captured, layer)
-        ok = _is_finite(new)
+        ok = tools.is_finite(new)
         beta = options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
         psi = _average(ok, beta, layer.psi, new.psi)
         weight = _average(ok, beta, layer.factor_weight, 1.0)
-        delta = debiased(trace(phi), weight)
+        delta = debiased(trace(phi, layer.q_phi), weight)
         if member.plain:
-            delta = delta * debiased(trace(psi), weight)
+            delta = delta * debiased(trace(psi, layer.q_psi), weight)
         return layer._replace(
             phi=phi,
             psi=psi,
@@ -183,14 +187,22 @@ def update_eigenbasis(tools: _Tools, layer: LayerState) -> LayerState:
     """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis."""
 
     def decompose(layer: LayerState) -> LayerState:
-        q_phi, phi_ok = eigenvectors(layer.phi)
-        q_psi, psi_ok = eigenvectors(layer.psi)
-        ok = phi_ok & psi_ok
-        theta = transport(layer.theta, (layer.q_phi, layer.q_psi), (q_phi, q_psi))
+        old = layer.q_phi, layer.q_psi
+        q_psi, ok = eigenvectors(layer.psi)
+        q_phi = None
+        if layer.q_phi is not None:
+            q_phi, phi_ok = eigenvectors(layer.phi)
+            ok &= phi_ok
+        theta = transport(layer.theta, old, (q_phi, q_psi))
+        (q_phi, q_psi), theta = jax.tree.map(
+            lambda x, y: jnp.where(for_each(ok, x), x, y),
+            ((q_phi, q_psi), theta),
+            (old, layer.theta),
+        )
         return layer._replace(
-            q_phi=jnp.where(for_each(ok, q_phi), q_phi, layer.q_phi),
-            q_psi=jnp.where(for_each(ok, q_psi), q_psi, layer.q_psi),
-            theta=jnp.where(for_each(ok, theta), theta, layer.theta),
+            q_phi=q_phi,
+            q_psi=q_psi,
+            theta=theta,
             basis_valid=layer.basis_valid | ok,
             failures=layer.failures + jnp.int32(~ok),
         )
@@ -211,9 +223,7 @@ def update_rescaling(tools: _Tools, layer: LayerState, captured: _Captured) -> L
         return layer
 
     def average(layer: LayerState) -> LayerState:
-        def contract(a: jax.Array, u: jax.Array) -> jax.Array:
-            return _statistics.rescaling(a, u, layer.q_phi, layer.q_psi)
-
+        contract = rescaling_of(tools.spec, layer.q_phi, layer.q_psi)
         return _average_theta(tools, layer, tools.mean(contract, captured, layer))
 
     return tools.refresh(due & layer.basis_valid, average, layer)
@@ -239,15 +249,15 @@ def update_running_rescaling(
 
 def _eigenvalue_product(layer: LayerState) -> LayerState:
     """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
-    lambda_phi = eigenvalues_in(unit_trace(layer.phi), layer.q_phi)
-    lambda_psi = eigenvalues_in(unit_trace(layer.psi), layer.q_psi)
+    lambda_phi = eigenvalues_in(unit_trace(layer.phi, layer.q_phi), layer.q_phi)
+    lambda_psi = eigenvalues_in(unit_trace(layer.psi, layer.q_psi), layer.q_psi)
     product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
     product = for_each(layer.delta, product) * product
     return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
 
 
 def _average_theta(tools: _Tools, layer: LayerState, new: jax.Array) -> LayerState:
-    ok, beta = _is_finite(new), tools.options.rescaling_decay
+    ok, beta = tools.is_finite(new), tools.options.rescaling_decay
     return layer._replace(
         theta=_average(ok, beta, layer.theta, new),
         theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
@@ -259,12 +269,6 @@ def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float
     """X ← βX + (1−β)X_new, or X where the new value cannot be used."""
     beta = jnp.asarray(beta, old.dtype)
     return jnp.where(for_each(ok, old), beta * old + (1 - beta) * new, old)
-
-
-def _is_finite(matrices: Any) -> jax.Array:
-    """For each layer whether all entries of its matrices are finite, (*lead)."""
-    finite = [jnp.all(jnp.isfinite(x), axis=(-2, -1)) for x in jax.tree.leaves(matrices)]
-    return functools.reduce(jnp.logical_and, finite)
 
 
 def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options) -> jax.Array:

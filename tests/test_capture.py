@@ -126,7 +126,6 @@ _CONV = {
     "dilated input": (
         conv(3, (3, 2), input_dilation=(2, 1), padding=1, strides=(1, 2)), (5, 3, 4, 2), 1,
     ),
-    "dilated input, same": (conv(3, (3,), input_dilation=3, strides=2), (5, 4, 2), 1),
     "transposed": (conv_transpose(3, (3, 2), strides=(2, 1)), (5, 3, 4, 2), 1),
     "transposed, wide stride": (conv_transpose(3, (2,), strides=4), (5, 3, 2), 1),
     "transposed, valid": (

@@ -13,7 +13,8 @@ PACKAGE = Path(tekfac_jax.__file__).parent
 # From the ground up: a module imports only from modules that stand before it.
 ROOMS = [
     "_layers", "_fresh", "_marks", "_usage", "_replay", "_flax_layers", "_trace",
-    "_statistics", "_eigenbasis", "_damping", "_options", "_capture", "_pytrees", "_check",
+    "_statistics", "_embedding", "_contract", "_eigenbasis", "_damping", "_options",
+    "_capture", "_pytrees", "_check",
     "_state", "_fisher", "_batch", "_transform", "_optimizers", "train_state", "__init__",
 ]  # fmt: skip
 

@@ -175,10 +175,6 @@ _UNCOVERED = {
     "local": Case(
         then(named(functools.partial(nn.ConvLocal, 4, (2,)))), {_ANY: "ConvLocal"}, shape=(5, 3, 4)
     ),
-    "dilated input, circular": Case(
-        then(convolution(input_dilation=2, padding="CIRCULAR")), {_ANY: "dilated"},
-        shape=(5, 3, 4),
-    ),
     "masked conv": Case(
         then(lambda x: nn.Conv(4, (3,), mask=mask_of((3, 4, 4)), name="odd")(x)),
         {_ANY: "mask"}, shape=(5, 3, 4),
@@ -187,11 +183,7 @@ _UNCOVERED = {
         then(convolution(conv_general_dilated=jax.lax.conv_general_dilated)),
         {_ANY: "conv_general_dilated"}, shape=(5, 3, 4),
     ),
-    "embedding": Case(
-        then(lambda x: nn.Embed(3, 4, name="odd")(jnp.asarray(x[:, 0] > 0, jnp.int32))),
-        {_ANY: "Embed"},
-    ),
-    "tied embedding": Case(then(tied_embedding), {_ANY: "Embed"}),
+    "tied embedding": Case(then(tied_embedding), {_ANY: "tied"}),
     "optimized LSTM": Case(
         then(lambda x: nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=x.dtype), name="odd")(x)),
         {"OptimizedLSTM": "DenseParams"}, shape=(5, 3, 4),

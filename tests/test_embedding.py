@@ -1,0 +1,235 @@
+"""Embeddings against brute force: dense gradients of each example, dense Fisher, dense solve."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import tekfac_jax as tekfac
+from tests import oracles
+from tests.capturing import losses_of, random_params, relative_error, x64
+from tests.oracles import SCALE_BY, relative
+
+EXACT = 1e-12
+ROWS, WIDTH = 7, 4
+every_case = pytest.mark.parametrize("name", ["words", "sentences", "pages", "ensemble"])
+every_sibling = pytest.mark.parametrize("sibling", SCALE_BY)
+
+
+class Reader(nn.Module):
+    """Words to numbers; with positions the mean over them, after something that is not linear."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = jnp.tanh(nn.Embed(ROWS, WIDTH, name="words")(ids) ** 2 + 0.3)
+        x = x.reshape(len(ids), -1, WIDTH)
+        weights = jnp.cos(jnp.arange(x.shape[1], dtype=x.dtype))
+        return nn.Dense(3, name="head")((x * weights[:, None]).sum(axis=1))
+
+
+class Readers(nn.Module):
+    """Two readers with tables of their own."""
+
+    @nn.compact
+    def __call__(self, ids):
+        both = nn.vmap(
+            Reader, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+            axis_size=2,
+        )  # fmt: skip
+        return both(name="both")(ids).sum(axis=0)
+
+
+class Case:
+    """A network of one embedding that is looked at, and G_n of it: [N, *lead, rows, width]."""
+
+    def __init__(self, name):
+        shape = {"words": (9,), "sentences": (6, 5), "pages": (5, 2, 3), "ensemble": (6, 4)}[name]
+        self.model: nn.Module = Readers() if name == "ensemble" else Reader()
+        self.path = "both/words" if name == "ensemble" else "words"
+        # Row 6 is never named, 0 often, and twice in one example.
+        self.ids = np.random.default_rng(0).integers(0, ROWS - 1, shape) % 4
+        self.ids[-1] = 5
+        self.params = random_params(self.model, self.ids)
+        self.layers = tekfac.find_layers(self.loss, self.params, self.ids)
+
+    def losses(self, params, ids):
+        return losses_of(self.model.apply({"params": params}, ids))
+
+    def loss(self, params, ids):
+        return self.losses(params, ids).mean()
+
+    def table(self, tree) -> Any:
+        for key in self.path.split("/"):
+            tree = tree[key]
+        return tree["embedding"]
+
+    def per_example(self):
+        def one(params, ids):
+            return self.losses(params, ids[None])[0]
+
+        grads = jax.vmap(jax.grad(one), in_axes=(None, 0))(self.params, self.ids)
+        return np.asarray(self.table(grads))
+
+    def update(self, sibling="tekfac", layers=None, **options):
+        """One update: the table's direction, its gradient, and its curvature."""
+        layers = self.layers if layers is None else layers
+        _, grads, stats = jax.jit(tekfac.value_grad_and_stats(self.loss, layers))(
+            self.params, self.ids
+        )
+        tx = SCALE_BY[sibling](layers, **options)
+        updates, state = jax.jit(lambda g, s: tx.update(g, tx.init(self.params), stats=s))(
+            grads, stats
+        )
+        return self.table(updates), self.table(grads), tekfac.curvature(state)[self.path]
+
+
+@x64
+@every_case
+def test_embeddings_are_captured(name):
+    case = Case(name)
+    assert case.layers[case.path].kind == "embed"
+    assert not case.layers.uncovered
+    errors = tekfac.check_capture(case.loss, case.layers, case.params, case.ids)
+    assert max(errors.values()) <= EXACT
+
+
+@x64
+@every_case
+@every_sibling
+def test_curvature_is_that_of_the_dense_gradients(name, sibling):
+    case = Case(name)
+    _, _, actual = case.update(sibling)
+    assert actual.q_phi is None
+    g = np.moveaxis(case.per_example(), 0, -3)  # [*lead, N, rows, width]
+    q = np.asarray(actual.q_psi)
+    delta = (g**2).sum(axis=(-2, -1)).mean(axis=-1)
+    if sibling in ("tekfac", "tkfac"):
+        phi = (g**2).sum(axis=-1).mean(axis=-2)
+        psi = np.einsum("...nvo,...nvp->...op", g, g) / len(case.ids)
+        assert relative(actual.delta, delta) <= EXACT
+        assert relative(actual.phi, phi / delta[..., None]) <= EXACT
+        assert relative(actual.psi, psi / delta[..., None, None]) <= EXACT
+        product = delta[..., None, None]
+    else:
+        counts = np.bincount(case.ids.ravel(), minlength=ROWS) / case.ids.size
+        assert relative(actual.phi, np.broadcast_to(counts, actual.phi.shape)) <= EXACT
+        product = np.asarray(actual.delta)[..., None, None]
+    if sibling in ("tekfac", "ekfac"):
+        theta = ((g @ q[..., None, :, :]) ** 2).mean(axis=-3)
+    else:
+        values = np.einsum("...op,...oq,...qp->...p", q, np.asarray(actual.psi), q)
+        theta = product * np.asarray(actual.phi)[..., :, None] * values[..., None, :]
+    assert relative(actual.theta, theta) <= EXACT
+
+
+@x64
+@every_case
+def test_update_is_the_dense_solve(name):
+    case = Case(name)
+    direction, gradient, curvature = case.update(damping=0.1)
+    tables = np.asarray(gradient).reshape(-1, ROWS, WIDTH)
+    for i, gradient in enumerate(tables):
+        theta = np.asarray(curvature.theta).reshape(-1, ROWS, WIDTH)[i]
+        q = np.kron(np.eye(ROWS), np.asarray(curvature.q_psi).reshape(-1, WIDTH, WIDTH)[i])
+        dense = (q * theta.ravel()) @ q.T + 0.1 * np.eye(ROWS * WIDTH)
+        expected = np.linalg.solve(dense, gradient.ravel()).reshape(ROWS, WIDTH)
+        assert relative(np.asarray(direction).reshape(-1, ROWS, WIDTH)[i], expected) <= EXACT
+
+
+@x64
+@every_case
+def test_trace_is_that_of_the_fisher(name):
+    """ΣΘ = δ = tr F with exact factors, and with location factors where there is one position."""
+    case = Case(name)
+    trace = (case.per_example() ** 2).sum(axis=(-2, -1)).mean(axis=0)
+    _, _, curvature = case.update()
+    assert relative(curvature.theta.sum(axis=(-2, -1)), trace) <= EXACT
+    _, _, curvature = case.update(factors="location")
+    assert relative(curvature.theta.sum(axis=(-2, -1)), trace) <= EXACT
+    if name == "words":
+        assert relative(curvature.delta, trace) <= EXACT
+    else:
+        assert relative(curvature.delta, trace) > 1e-3
+
+
+@x64
+def test_rows_may_be_counted_from_the_end():
+    case = Case("sentences")
+    _, _, expected = case.update()
+    case.ids[0] -= ROWS
+    _, _, actual = case.update()
+    for a, b in zip(actual, expected, strict=True):
+        if a is not None:
+            assert relative(a, b) <= EXACT
+
+
+def test_nothing_is_as_large_as_the_square_of_the_rows():
+    """A vocabulary of 100,000: its square would be 40 GB."""
+    model = nn.Embed(100_000, 8)
+    ids = jnp.arange(12).reshape(3, 4)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids))["params"]
+
+    def loss(params, ids):
+        return losses_of(model.apply({"params": params}, ids)).mean()
+
+    layers = tekfac.find_layers(loss, params, ids)
+    tx = tekfac.scale_by_tekfac(layers)
+
+    def step(params, state, ids):
+        _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, ids)
+        return tx.update(grads, state, params, stats=stats)
+
+    state = jax.eval_shape(tx.init, params)
+    table = 4 * 100_000 * 8
+    assert sum(tekfac.memory_usage(state)["~"].values()) < 1.3 * table
+    assert layers["~"].state_bytes == sum(tekfac.memory_usage(state)["~"].values())
+    compiled = jax.jit(step).lower(params, state, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * table
+
+
+def test_training_with_momentum_and_clip():
+    """The ready optimizer takes the table as one of its own."""
+    case = Case("sentences")
+    tx = tekfac.tekfac(0.1, case.layers, factor_interval=2, rescaling_interval=2)
+    step = jax.jit(tekfac.value_grad_and_stats(case.loss, case.layers))
+    params, state = case.params, tx.init(case.params)
+    losses: list[float] = []
+    updates: Any = None
+    for _ in range(10):
+        loss, grads, stats = step(params, case.ids)
+        updates, state = tx.update(grads, state, params, stats=stats)
+        params = optax.apply_updates(params, updates)
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    labels = [leaf for leaf in jax.tree.leaves(tekfac.diagnostics(state)) if leaf.ndim == 0]
+    assert len(labels) == len(tekfac.diagnostics(state))
+    unnamed = np.asarray(case.table(updates))[ROWS - 1]
+    assert not unnamed.any()
+
+
+@x64
+def test_sampled_and_exact_fisher():
+    """The exact Fisher of an embedding is the Gauss-Newton matrix's diagonal in its basis."""
+    case = Case("sentences")
+    likelihood = tekfac.Categorical()
+
+    def predict(params, ids):
+        return case.model.apply({"params": params}, ids)
+
+    stats_fn = tekfac.fisher_stats(predict, case.layers, likelihood=likelihood, estimator="exact")
+    stats = jax.jit(stats_fn)(case.params, case.ids)
+    tx = tekfac.scale_by_tekfac(case.layers)
+    grads = jax.grad(case.loss)(case.params, case.ids)
+    _, state = jax.jit(lambda g, s: tx.update(g, tx.init(case.params), stats=s))(grads, stats)
+    actual = tekfac.curvature(state)["words"]
+    jacobian = np.asarray(case.table(jax.jacobian(predict)(case.params, case.ids)))
+    p = np.asarray(jax.nn.softmax(predict(case.params, case.ids)))
+    cov = np.einsum("nk,kl->nkl", p, np.eye(3)) - p[:, :, None] * p[:, None, :]
+    rotated = jacobian @ np.asarray(actual.q_psi)
+    theta = np.einsum("nkvo,nkl,nlvo->vo", rotated, cov, rotated) / len(p)
+    assert relative_error(actual.theta, theta) <= 1e-10
+    assert oracles.relative(actual.delta, theta.sum()) <= 1e-10
