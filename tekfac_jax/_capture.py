@@ -13,18 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import check_number
-from tekfac_jax._trace import (
-    Captures,
-    Skip,
-    as_predicate,
-    batch_plan,
-    common_batch_size,
-    judge,
-    nothing_found,
-    trace_layers,
-)
+from tekfac_jax._plan import Captures, batch_plan, common_batch_size
+from tekfac_jax._trace import trace_layers
 
 Reduction = Literal["mean", "sum"] | float | jax.Array
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._capture import batch_plan
 from tekfac_jax._layers import Layers, LayerSpec, Statistics
 from tekfac_jax._options import check_choice, check_number
+from tekfac_jax._plan import batch_plan
 
 Estimator = Literal["sampled", "exact"]
 

@@ -13,13 +13,21 @@ from flax.linen import dtypes
 from tekfac_jax._layers import LayerSpec, call_positions, replace
 
 
-def describe(module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
-    """The spec of a call (without a path), or why the layer cannot be captured."""
+def describe(kind: type, module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
+    """The spec of a call (without a path), or why the layer cannot be captured.
+
+    Args:
+        kind: the layer's type in `flax.linen`.
+        module: the layer, or whatever has the attributes of one.
+        x: its input.
+        y: its output.
+        kernel: its kernel.
+    """
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         return f"its kernel is {kernel.dtype}, not a real floating-point array"
     if module.promote_dtype is not dtypes.promote_dtype:
         return "it has a promote_dtype of its own"
-    fields = _FIELDS[type(module)](module, x)
+    fields = _FIELDS[kind](module, x)
     if isinstance(fields, str):
         return fields
     spec = LayerSpec(
@@ -167,18 +175,18 @@ _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
 }
 
 
-def kernel_of(module: nn.Module, parameters: Mapping[str, Any]) -> Any:
+def kernel_of(kind: type, parameters: Mapping[str, Any]) -> Any:
     """The layer's kernel among its parameters; None before `init` has made it."""
-    return parameters.get("embedding" if isinstance(module, nn.Embed) else "kernel")
+    return parameters.get("embedding" if kind is nn.Embed else "kernel")
 
 
-def input_dtype(module: Any, x: Any, parameters: Mapping[str, Any]) -> Any:
+def input_dtype(kind: type, module: Any, x: Any, parameters: Mapping[str, Any]) -> Any:
     """The dtype in which the layer's input is captured: that of its arithmetic."""
-    if isinstance(module, nn.Embed):
+    if kind is nn.Embed:
         return jnp.dtype(jnp.float32)
     return dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
 
 
-def is_supported(module: nn.Module) -> bool:
-    """Whether the module's type is one whose calls can be captured; subclasses may do anything."""
-    return type(module) in _FIELDS
+def is_supported(kind: type) -> bool:
+    """Whether calls of layers of this type can be captured; subclasses may do anything."""
+    return kind in _FIELDS

@@ -224,7 +224,12 @@ def join_path(keys: tuple[Any, ...]) -> str:
                 return str(getattr(key, attribute))
         return str(key)
 
-    return "/".join(map(name, keys)) or "~"
+    return "/".join(map(name, unboxed(keys))) or "~"
+
+
+def unboxed(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the box around its end: `nn.Partitioned`, or a variable of nnx."""
+    return keys[:-1] if keys and getattr(keys[-1], "name", None) == "value" else keys
 
 
 def parameter_path(layer_path: str, name: str) -> str:

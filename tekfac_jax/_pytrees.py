@@ -12,6 +12,7 @@ from tekfac_jax._layers import (
     join_path,
     parameter_path,
     to_matrix,
+    unboxed,
 )
 
 
@@ -61,7 +62,7 @@ def captured_mask(tree: Any, layers: Layers) -> Any:
 
 def layer_path(key_path: tuple[Any, ...]) -> str | None:
     """The path of the layer whose kernel or bias stands at that key path, were there one."""
-    *home, name = key_path or ("",)
+    *home, name = unboxed(key_path) or ("",)
     names = ("kernel", "bias", "embedding")
     return join_path(tuple(home)) if join_path((name,)) in names else None
 

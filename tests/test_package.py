@@ -12,10 +12,10 @@ PACKAGE = Path(tekfac_jax.__file__).parent
 
 # From the ground up: a module imports only from modules that stand before it.
 ROOMS = [
-    "_layers", "_fresh", "_marks", "_usage", "_replay", "_flax_layers", "_trace",
-    "_statistics", "_embedding", "_contract", "_eigenbasis", "_damping", "_options",
-    "_capture", "_pytrees", "_check",
-    "_state", "_fisher", "_batch", "_transform", "_optimizers", "train_state", "__init__",
+    "_layers", "_fresh", "_marks", "_usage", "_replay", "_record", "_flax_layers", "_linen",
+    "_trace", "_judge", "_plan", "_statistics", "_embedding", "_contract", "_eigenbasis",
+    "_damping", "_options", "_capture", "_pytrees", "_check", "_state", "_fisher", "_batch",
+    "_transform", "_optimizers", "train_state", "__init__", "nnx",
 ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def test_only_capture_knows_linen():
         for line in path.read_text().splitlines()
         if line.startswith(("import flax.linen", "from flax.linen"))
     }
-    assert knowing == {"_flax_layers", "_trace"}
+    assert knowing == {"_flax_layers", "_linen", "_trace", "nnx"}
 
 
 @pytest.mark.parametrize("name", tekfac_jax.__all__)

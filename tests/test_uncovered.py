@@ -374,7 +374,7 @@ def test_derivatives_inside_the_loss_are_refused(name, refused):
     assert_sums_to_gradient(layers, stats, grads)
 
 
-def test_boxed_parameters_are_listed():
+def test_boxed_parameters_are_captured():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
     model, x = Net(then(dense(kernel_init=init))), randn(5, 4)
     params = model.init(jax.random.key(0), x)["params"]
@@ -383,12 +383,17 @@ def test_boxed_parameters_are_listed():
         return losses_of(model.apply({"params": params}, x)).mean()
 
     layers = tekfac.find_layers(loss, params, x)
-    assert set(layers) == {"plain"}
-    assert any("unbox" in reason for _, reason in layers.uncovered)
-    layers = tekfac.find_layers(loss, nn.unbox(params), x)
+    assert layers == tekfac.find_layers(loss, nn.unbox(params), x)
     assert set(layers) == {"odd", "plain"}
-    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(nn.unbox(params), x)
+    assert not layers.uncovered
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
     assert_sums_to_gradient(layers, stats, grads, SINGLE)
+    tx = tekfac.tekfac(0.1, layers)
+    updates, _ = tx.update(grads, tx.init(params), params, stats=stats)
+    plain, _ = tx.update(nn.unbox(grads), tx.init(nn.unbox(params)), nn.unbox(params), stats=stats)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 # --- penalties -----------------------------------------------------------------------------------

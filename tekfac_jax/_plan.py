@@ -1,0 +1,103 @@
+"""From layers to a plan for one set of shapes: which layer call fills which slot."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tekfac_jax._judge import Use, judge, scans_of
+from tekfac_jax._layers import Capture, Layers, parameter_path, zeros_like
+from tekfac_jax._trace import Trace, trace_layers
+from tekfac_jax._usage import Occurrence
+
+Captures = dict[str, tuple[Capture, ...]]
+
+
+class Plan(NamedTuple):
+    """A traced function, and which of its layer calls fills which slot."""
+
+    trace: Trace
+    uses: dict[str, list[Use]]
+    batch_size: int
+
+    def slots(self) -> Captures:
+        """Zeros of the shapes of what will be captured: [*stack, N, *repeats, ...]."""
+
+        def slot(use: Use) -> Capture:
+            lead = (*use.occurrence.scans, *use.occurrence.marks["end"].vmapped)
+            axes = _repeated_axes(use.occurrence)
+
+            def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+                stacked = jnp.broadcast_to(zeros_like(shape), (*lead, *shape.shape))
+                return jnp.moveaxis(stacked, *axes)
+
+            return Capture(zeros(use.call.input), zeros(use.call.output))
+
+        return {path: tuple(map(slot, uses)) for path, uses in self.uses.items()}
+
+    def run(self, params: Any, slots: Captures) -> Any:
+        """The function's output, with a tag on each call of a layer."""
+        replay_slots: list[Capture | None] = [
+            None for o in self.trace.usage.occurrences if not o.inside
+        ]
+        for path, uses in self.uses.items():
+            for use, slot in zip(uses, slots[path], strict=True):
+                to, source = _repeated_axes(use.occurrence)
+                replay_slots[use.slot] = Capture(*(jnp.moveaxis(x, source, to) for x in slot))
+        return self.trace.run(params, replay_slots)
+
+
+def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the scans that repeat a layer stand in the program, and where in a capture.
+
+    They are further positions: their place is behind the batch.
+    """
+    scans = scans_of(occurrence)
+    repeated = tuple(i for i, (_, over) in enumerate(scans) if not over)
+    batch = len(scans) - len(repeated) + len(occurrence.marks["end"].vmapped)
+    return repeated, tuple(range(batch + 1, batch + 1 + len(repeated)))
+
+
+def batch_plan(
+    fn: Callable[..., Any],
+    layers: Layers,
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Plan:
+    """Traces `fn` for these arguments and holds what it finds against `layers`."""
+    trace = trace_layers(fn, params, args, kwargs)
+    findings = judge(trace, lambda path: False)
+    for path, spec in layers.items():
+        found = findings.specs.get(path)
+        if found is None:
+            why = findings.uncovered.get(parameter_path(path, spec.kernel_name))
+            raise ValueError(
+                f"layer {path!r} cannot be captured here: "
+                f"{why or 'argument 0 has no such parameter'}. "
+                "Call find_layers with the function and arguments that are used here."
+            )
+        if found != spec:
+            raise ValueError(
+                f"layer {path!r} has changed since find_layers: it was {spec}, it is {found}. "
+                "Call find_layers again."
+            )
+    covered = {path: findings.covered[path] for path in layers}
+    return Plan(trace, covered, common_batch_size(covered))
+
+
+def common_batch_size(covered: Mapping[str, list[Use]]) -> int:
+    """The leading axis of the layers' inputs; raises if they disagree."""
+    sizes = {(path, use.call.input.shape[0]) for path, uses in covered.items() for use in uses}
+    if len({size for _, size in sizes}) > 1:
+        listed = ", ".join(f"{path}: {size}" for path, size in sorted(sizes))
+        raise ValueError(
+            f"layers disagree on the batch size, the leading axis of their inputs ({listed}). "
+            "Keep the batch as the leading axis, or leave the odd ones out with "
+            "find_layers(..., skip=...)."
+        )
+    _, size = next(iter(sizes))
+    if size == 0:
+        raise ValueError("the batch is empty: the leading axis of the layers' inputs is 0")
+    return size

@@ -1,0 +1,211 @@
+"""Capture for modules of `flax.nnx`: the same calls, the same statistics, the same optimizers.
+
+A module's parameters (`nnx.Param`) are argument 0, as a pytree of arrays; the loss is a function
+of the module, which is put together again inside the trace. Everything behind that is shared with
+`flax.linen`.
+"""
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.linen import dtypes as linen_dtypes
+from flax.nnx.nn import dtypes as nnx_dtypes
+from jax import lax
+
+from tekfac_jax import _capture
+from tekfac_jax._capture import Reduction
+from tekfac_jax._flax_layers import describe, input_dtype, kernel_of
+from tekfac_jax._judge import Skip
+from tekfac_jax._layers import Layers
+from tekfac_jax._record import current_recorder
+
+__all__ = ["find_layers", "value_grad_and_stats"]
+
+# The layers that nnx shares with linen: the same attributes, and the same parameters.
+_LINEN: dict[type, type] = {
+    nnx.Linear: nn.Dense,
+    nnx.LinearGeneral: nn.DenseGeneral,
+    nnx.Einsum: nn.Einsum,
+    nnx.Conv: nn.Conv,
+    nnx.ConvTranspose: nn.ConvTranspose,
+    nnx.Embed: nn.Embed,
+}
+
+
+def find_layers(
+    loss_fn: Callable[..., Any], model: nnx.Module, *args: Any, skip: Skip = None, **kwargs: Any
+) -> Layers:
+    """Finds the layers of an nnx module whose curvature can be captured exactly.
+
+    Args:
+        loss_fn: the loss, or any function that applies the module: of (model, *args, **kwargs).
+        model: the module; it is left as it is.
+        *args: the other arguments, arrays or static.
+        skip: regular expression searched in the layer's path, or predicate on it; layers that
+            match are left out.
+        **kwargs: keyword arguments of `loss_fn`.
+
+    Returns:
+        `Layers`; paths are those of the module's attributes, joined with ``/``.
+
+    Raises:
+        ValueError: no layer can be captured, or the layers disagree on the batch size.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import tekfac_jax.nnx
+        >>> model = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+        >>> def loss_fn(model, x):
+        ...     return jnp.mean(model(x) ** 2)
+        >>> print(tekfac_jax.nnx.find_layers(loss_fn, model, jnp.ones((8, 5))))
+        layer  kind   in  out  positions  state bytes
+        ~      dense  6   3    1          432
+        1 layers, 432 bytes of state
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    fn = _of_parameters(loss_fn, graph, params)
+    return _capture.find_layers(fn, nnx.as_pure(params), rest, *args, skip=skip, **kwargs)
+
+
+def value_grad_and_stats(
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    has_aux: bool = False,
+    reduction: Reduction = "mean",
+    loss_scale: float | jax.Array = 1.0,
+) -> Callable[..., Any]:
+    """`nnx.value_and_grad` that also returns curvature statistics.
+
+    Args:
+        loss_fn: scalar loss of (model, *args, **kwargs). The leading axis of every layer input is
+            the batch.
+        layers: from `find_layers` of this module.
+        has_aux: whether `loss_fn` returns ``(loss, aux)``.
+        reduction: as in `tekfac_jax.value_grad_and_stats`.
+        loss_scale: as in `tekfac_jax.value_grad_and_stats`.
+
+    Returns:
+        Function of (model, *args, **kwargs) that returns ``(value, grads, stats)``, or
+        ``((value, aux), grads, stats)``. `grads` is what `nnx.grad` returns; give it to
+        ``optimizer.update(model, grads, stats=stats)``. Everything in the model that is no
+        parameter (BatchNorm's averages, random streams) moves on, as in `nnx.value_and_grad`.
+
+    Raises:
+        ValueError: as `tekfac_jax.value_grad_and_stats`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import tekfac_jax as tekfac, tekfac_jax.nnx
+        >>> model, x = nnx.Linear(5, 3, rngs=nnx.Rngs(0)), jnp.ones((8, 5))
+        >>> def loss_fn(model, x):
+        ...     return jnp.mean(model(x) ** 2)
+        >>> layers = tekfac.nnx.find_layers(loss_fn, model, x)
+        >>> optimizer = nnx.Optimizer(model, tekfac.tekfac(0.1, layers), wrt=nnx.Param)
+        >>> loss, grads, stats = tekfac.nnx.value_grad_and_stats(loss_fn, layers)(model, x)
+        >>> _ = optimizer.update(model, grads, stats=stats)
+        >>> bool(loss_fn(model, x) < loss)
+        True
+    """
+
+    def wrapped(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        fn = _of_parameters(loss_fn, graph, params, has_aux=has_aux)
+        capture = _capture.value_grad_and_stats(
+            fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale
+        )
+        (loss, (aux, rest)), grads, stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        nnx.update(model, rest)
+        return ((loss, aux) if has_aux else loss), _like(params, grads), stats
+
+    return wrapped
+
+
+def _like(state: Any, values: Any) -> Any:
+    """The state with other values, which are a pytree of arrays in its order."""
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(values))
+
+
+def _of_parameters(
+    loss_fn: Callable[..., Any], graph: Any, params: Any, *, has_aux: bool = False
+) -> Callable[..., Any]:
+    """The loss as a function of (parameters, all other state, *args) that returns that state."""
+
+    def fn(values: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+        model = nnx.merge(graph, _like(params, values), rest)
+        for _, module in nnx.iter_modules(model):
+            if callable(module):
+                # The class alone decides what a call does, and survives nnx's own transforms.
+                object.__setattr__(module, "__class__", _telling(type(module)))
+        result = loss_fn(model, *args, **kwargs)
+        loss, aux = result if has_aux else (result, None)
+        return loss, (aux, nnx.state(model, nnx.Not(nnx.Param)))
+
+    return fn
+
+
+@functools.cache
+def _telling(kind: type) -> type:
+    """A subclass whose calls tell the recorder of the trace, where there is one."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = current_recorder()
+        original = functools.partial(kind.__call__, self, *args, **kwargs)
+        if recorder is None:
+            return original()
+        parameters = {
+            name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)
+        }
+        with recorder.module((args, kwargs, parameters)):
+            x = args[0] if args else kwargs.get("inputs")
+            if kind not in _LINEN or not hasattr(x, "shape"):
+                result = original()
+                recorder.other(parameters, kind.__name__)
+                return result
+            linen, module = _LINEN[kind], _as_linen(self)
+            kernel = kernel_of(linen, parameters)
+            return recorder.layer(
+                original,
+                x,
+                parameters,
+                kernel,
+                lambda y: describe(linen, module, x, y, kernel),
+                input_dtype(linen, module, x, parameters),
+                kind.__name__,
+            )
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+# What nnx has as a default where linen has None, or another function of the same name.
+_DEFAULTS = {
+    "dot_general": lax.dot_general,
+    "conv_general_dilated": lax.conv_general_dilated,
+    "einsum_op": jnp.einsum,
+}
+
+
+def _as_linen(module: Any) -> Any:
+    """The attributes that the layer would have in linen."""
+    attributes: dict[str, Any] = {
+        "dot_general": None, "dot_general_cls": None, "conv_general_dilated_cls": None,
+    }  # fmt: skip
+    attributes |= {name: value for name, value in vars(module).items() if name[0] != "_"}
+    for name, default in _DEFAULTS.items():
+        if attributes.get(name) is default:
+            attributes[name] = None
+    if module.promote_dtype is nnx_dtypes.promote_dtype:
+        attributes["promote_dtype"] = linen_dtypes.promote_dtype
+    attributes["use_bias"] = getattr(module, "bias", None) is not None
+    attributes["batch_dims"] = tuple(attributes.get("batch_axis", ()))
+    if attributes.get("einsum_op") is not None:
+        attributes["promote_dtype"] = None  # it computes something else
+    return SimpleNamespace(**attributes)
