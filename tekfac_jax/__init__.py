@@ -5,6 +5,7 @@ from tekfac_jax._check import check_capture
 from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
+from tekfac_jax._reduced import Reduced, ReducedStatistics
 from tekfac_jax._state import (
     ClipByKlState,
     Curvature,
@@ -37,6 +38,8 @@ __all__ = [
     "LayerState",
     "Layers",
     "Likelihood",
+    "Reduced",
+    "ReducedStatistics",
     "ScaleByTekfacState",
     "Statistics",
     "TrainState",

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tekfac_jax._contract import Factors
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics, call_positions
+from tekfac_jax._reduced import ReducedStatistics
+
+Given = Statistics | ReducedStatistics
 
 
 class Batch(NamedTuple):
@@ -17,7 +21,7 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    stats: Statistics | None,
+    stats: Given | None,
     batch_size: int | jax.Array | None,
     layers: Layers,
     axis_name: Any,
@@ -36,16 +40,45 @@ def read_batch(
                 "batch_size= to update"
             )
         return Batch(jnp.asarray(1 if batch_size is None else batch_size), jnp.asarray(1.0))
-    captured = check_statistics(stats, layers)
+    _check_layers(stats, layers)
+    if isinstance(stats, ReducedStatistics):
+        if required and batch_size is None:
+            raise ValueError(
+                'rescaling="running" with reduced statistics needs the size of the batch that the '
+                "gradient is of: pass batch_size= to update"
+            )
+        total = stats.examples if axis_name is None else lax.psum(stats.examples, axis_name)
+        return Batch(total, jnp.asarray(1.0))
+    captured = _check_captures(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
     total = local if axis_name is None else lax.psum(local, axis_name)
     return Batch(total, stats.scale / local)
 
 
-def check_statistics(stats: Any, layers: Layers) -> int:
-    """Raises if the statistics are not of these layers; returns how many examples were captured."""
-    if not isinstance(stats, Statistics):
+def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, theta: bool) -> None:
+    """Raises if reduced statistics are not what a transformation needs."""
+    if stats.factors != factors:
+        raise ValueError(
+            f'stats hold "{stats.factors}" factors, this transformation needs "{factors}": pass '
+            f'factors="{factors}" to value_grad_and_stats'
+        )
+    for path, spec in layers.items():
+        reduced = stats.layers[path]
+        if theta and reduced.theta is None:
+            raise ValueError(
+                "stats lack Θ, which this transformation measures: pass opt_state= to the function "
+                'that value_grad_and_stats(..., mode="reduced") returns'
+            )
+        if reduced.psi.shape != (*spec.lead, spec.out_dim, spec.out_dim):
+            raise ValueError(
+                f"stats of layer {path!r} have shape {reduced.psi.shape} on the output side, the "
+                f"layer has {spec.lead} times {spec.out_dim} outputs: call find_layers again"
+            )
+
+
+def _check_layers(stats: Any, layers: Layers) -> None:
+    if not isinstance(stats, Statistics | ReducedStatistics):
         raise ValueError(
             f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
         )
@@ -55,6 +88,10 @@ def check_statistics(stats: Any, layers: Layers) -> int:
             f"{sorted(set(layers) - set(stats.layers))}, unknown "
             f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
         )
+
+
+def _check_captures(stats: Statistics, layers: Layers) -> int:
+    """Raises if captures do not fit their layers; returns how many examples were captured."""
     sizes = set()
     for path, spec in layers.items():
         for capture in stats.layers[path]:

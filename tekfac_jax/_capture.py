@@ -7,19 +7,23 @@ this gives is then run for differentiation, with a tag on the output of each of 
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tekfac_jax._contract import Factors
 from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
 from tekfac_jax._layers import Layers, Statistics
-from tekfac_jax._options import check_number
-from tekfac_jax._plan import Captures, batch_plan, common_batch_size
+from tekfac_jax._options import check_choice, check_number
+from tekfac_jax._plan import Captures, Plan, batch_plan, common_batch_size
+from tekfac_jax._reduced import Reduction
+from tekfac_jax._state import bases_in
 from tekfac_jax._trace import trace_layers
 
-Reduction = Literal["mean", "sum"] | float | jax.Array
+Divisor = Literal["mean", "sum"] | float | jax.Array
+Mode = Literal["raw", "reduced"]
 
 
 def find_layers(
@@ -69,8 +73,10 @@ def value_grad_and_stats(
     layers: Layers,
     *,
     has_aux: bool = False,
-    reduction: Reduction = "mean",
+    reduction: Divisor = "mean",
     loss_scale: float | jax.Array = 1.0,
+    mode: Mode = "raw",
+    factors: Factors = "exact",
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` over argument 0 that also returns curvature statistics.
 
@@ -90,15 +96,26 @@ def value_grad_and_stats(
         loss_scale: what `loss_fn` multiplies its loss by, against underflow in half precision: a
             number, or a traced scalar where it is dynamic. Value and gradient come back scaled, as
             from `jax.value_and_grad`; the statistics are those of the loss itself.
+        mode: ``"raw"``: the statistics are (a, u) of every layer, and Θ is measured in the fresh
+            basis. ``"reduced"``: they are contracted in the backward pass, so that they are no
+            larger than the curvature (for `nn.remat`, `nn.scan`, long sequences), and those of
+            micro-batches add up: ``jax.tree.map(jnp.add, stats, more_stats)``. Θ is then measured
+            in the basis in force when the step began, and there is none before the second step.
+        factors: with ``mode="reduced"``, which factors: ``"exact"`` or ``"location"``, as the
+            transformation has it, or ``"plain"`` for KFAC and EKFAC.
 
     Returns:
         Function of (params, *args, **kwargs) that returns ``(value, grads, stats)``, or
-        ``((value, aux), grads, stats)``; `stats` is for `update(grads, ..., stats=stats)`.
+        ``((value, aux), grads, stats)``; `stats` is for `update(grads, ..., stats=stats)`. With
+        ``mode="reduced"`` it also takes ``opt_state=``, any optax state with ours inside, for the
+        basis of Θ (without, Θ is not measured: enough for KFAC and TKFAC), and ``when=``, a
+        boolean, traced or not: where it is False nothing is contracted, and an update with these
+        statistics leaves the curvature as it is; pass ``when=stats_due(opt_state)``.
 
     Raises:
-        ValueError: unknown `reduction`, `loss_scale` not positive; when called: the loss is no
-            scalar, a layer of `layers` is missing, used differently or has another shape, or batch
-            sizes disagree.
+        ValueError: unknown `reduction`, `mode` or `factors`, `loss_scale` not positive; when
+            called: the loss is no scalar, a layer of `layers` is missing, used differently or has
+            another shape, batch sizes disagree, or the state does not fit the layers.
 
     Note:
         With train-mode BatchNorm the sum of the statistics' gradients is the batch gradient, but
@@ -120,21 +137,38 @@ def value_grad_and_stats(
     _check_layers(layers)
     _check_reduction(reduction)
     check_number("loss_scale", loss_scale, 0, math.inf, "1.0 is no scale", open_low=True)
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("factors", factors, get_args(Factors))
 
-    def wrapped(params: Any, *args: Any, **kwargs: Any) -> Any:
+    def plan_and_scale(
+        params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Plan, jax.Array]:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
         _check_scalar(plan.trace.output, has_aux)
-        grad_fn = jax.value_and_grad(plan.run, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, captures) = grad_fn(params, plan.slots())
         dtype = jnp.result_type(float)
         if isinstance(reduction, str):
             divisor: Any = plan.batch_size if reduction == "mean" else 1
         else:
             divisor = reduction
-        scale = jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
+        return plan, jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
+
+    def raw(params: Any, *args: Any, **kwargs: Any) -> Any:
+        plan, scale = plan_and_scale(params, args, kwargs)
+        grad_fn = jax.value_and_grad(plan.run, argnums=(0, 1), has_aux=has_aux)
+        value, (grads, captures) = grad_fn(params, plan.slots())
         return value, grads, Statistics(captures, scale)
 
-    return wrapped
+    def reduced(
+        params: Any, *args: Any, opt_state: Any = None, when: Any = True, **kwargs: Any
+    ) -> Any:
+        plan, scale = plan_and_scale(params, args, kwargs)
+        bases = None if opt_state is None else bases_in(opt_state, layers)
+        reduction = Reduction(plan, layers, factors, bases, scale, jnp.asarray(when, bool))
+        grad_fn = jax.value_and_grad(reduction.run, argnums=(0, 1), has_aux=has_aux)
+        value, (grads, found) = grad_fn(params, reduction.slots())
+        return value, grads, reduction.finish(found)
+
+    return raw if mode == "raw" else reduced
 
 
 def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """From layers to a plan for one set of shapes: which layer call fills which slot."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tekfac_jax._judge import Use, judge, scans_of
 from tekfac_jax._layers import Capture, Layers, parameter_path, zeros_like
+from tekfac_jax._replay import Tag, capture
 from tekfac_jax._trace import Trace, trace_layers
 from tekfac_jax._usage import Occurrence
 
@@ -37,15 +38,32 @@ class Plan(NamedTuple):
         return {path: tuple(map(slot, uses)) for path, uses in self.uses.items()}
 
     def run(self, params: Any, slots: Captures) -> Any:
-        """The function's output, with a tag on each call of a layer."""
-        replay_slots: list[Capture | None] = [
-            None for o in self.trace.usage.occurrences if not o.inside
-        ]
+        """The function's output, with a tag on each call of a layer: its capture."""
+        tags = {path: self.captures(path, slots[path]) for path in self.uses}
+        return self.run_with(params, tags)
+
+    def captures(self, path: str, slots: Sequence[Capture]) -> list[Tag]:
+        """The tags that capture all calls of one layer."""
+
+        def tag(use: Use, slot: Capture) -> Tag:
+            to, source = _repeated_axes(use.occurrence)
+            return Tag(capture, Capture(*(jnp.moveaxis(x, source, to) for x in slot)))
+
+        return list(map(tag, self.uses[path], slots))
+
+    def run_with(self, params: Any, tags: Mapping[str, Sequence[Tag]]) -> Any:
+        """The function's output, with these tags on the calls of each layer."""
+        in_order: list[Tag | None] = [None for o in self.trace.usage.occurrences if not o.inside]
         for path, uses in self.uses.items():
-            for use, slot in zip(uses, slots[path], strict=True):
-                to, source = _repeated_axes(use.occurrence)
-                replay_slots[use.slot] = Capture(*(jnp.moveaxis(x, source, to) for x in slot))
-        return self.trace.run(params, replay_slots)
+            for use, tag in zip(uses, tags[path], strict=True):
+                in_order[use.slot] = tag
+        return self.trace.run(params, in_order)
+
+    def call_of(self, path: str) -> Use | None:
+        """The one call of a layer; None if it is called, or a scan repeats it, several times."""
+        use, *more = self.uses[path]
+        repeated, _ = _repeated_axes(use.occurrence)
+        return None if more or repeated else use
 
 
 def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,11 +1,11 @@
-"""Runs a traced function once more, with the tag on the output of each layer call.
+"""Runs a traced function once more, with a tag on the output of each layer call.
 
-The tag is an identity whose custom derivative hands out (a, u), the layer's input and the
-gradient with respect to its output, as the "gradient" of an otherwise unused zero slot. Slots
-enter scans as something more to run over, so that each iteration fills its own.
+A tag is an identity whose custom derivative hands out a statistic as the "gradient" of an
+otherwise unused zero slot: (a, u), the layer's input and the gradient with respect to its output,
+or what is made of them. Slots enter scans as something more to run over, so that each iteration
+fills its own.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +18,19 @@ from jax.extend import core
 from tekfac_jax._layers import Capture
 from tekfac_jax._marks import Body, Mark, body_of, mark_of, marks_below, scan_layout
 
-# For each occurrence of a layer call its slot, or None where nothing is captured.
-Slots = Sequence[Capture | None]
+# Tags a layer's output: function of the output, the input and the slot.
+Rule = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+
+class Tag(NamedTuple):
+    """What happens at one layer call: the slot is a pytree of arrays, the rule is not."""
+
+    rule: Rule
+    slot: Any
+
+
+# For each occurrence of a layer call its tag, or None where nothing is captured.
+Tags = Sequence[Tag | None]
 
 
 @jax.custom_vjp
@@ -40,22 +51,29 @@ def _tag_backward(a: jax.Array, u: jax.Array) -> tuple[jax.Array, None, Capture]
 _tag.defvjp(_tag_forward, _tag_backward)
 
 
-def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], slots: Slots) -> list[Any]:
-    """The outputs of a jaxpr, with a tag on each layer call that has a slot.
+def capture(y: jax.Array, x: jax.Array, slot: Capture) -> jax.Array:
+    """The rule that hands out (a, u) as they are."""
+    # Of a vmapped layer the input may be shared; the slot is not.
+    a = jnp.broadcast_to(lax.stop_gradient(x.astype(slot.a.dtype)), slot.a.shape)
+    return _tag(y, a, slot)
+
+
+def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], tags: Tags) -> list[Any]:
+    """The outputs of a jaxpr, with the tags on its layer calls.
 
     Args:
         jaxpr: an open jaxpr with markers.
         consts: its constants.
         args: its arguments.
-        slots: one for each occurrence of a layer call that `_usage` does not report as hidden,
-            in the order of execution; inside scans with an axis for each of them in front.
+        tags: one for each occurrence of a layer call that `_usage` does not report as hidden, in
+            the order of execution; slots inside scans with an axis for each of them in front.
     """
-    return _walk(jaxpr, consts, args, _Progress(iter(slots), {}))
+    return _walk(jaxpr, consts, args, _Progress(iter(tags), {}))
 
 
 class _Progress(NamedTuple):
-    waiting: Iterator[Capture | None]  # slots of the calls to come
-    opened: dict[int, tuple[jax.Array, Capture | None]]  # call being run -> its input, its slot
+    waiting: Iterator[Tag | None]  # of the calls to come
+    opened: dict[int, tuple[jax.Array, Tag | None]]  # call being run -> its input, its tag
 
 
 def _walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], progress: _Progress) -> list[Any]:
@@ -76,15 +94,9 @@ def _meet(found: Mark, value: jax.Array, progress: _Progress) -> jax.Array:
     if found.role == "begin":
         progress.opened[found.call] = value, next(progress.waiting)
     elif found.role == "end" and found.call in progress.opened:
-        x, slot = progress.opened.pop(found.call)
-        return value if slot is None else _tagged(value, x, slot)
+        x, tag = progress.opened.pop(found.call)
+        return value if tag is None else tag.rule(value, x, tag.slot)
     return value
-
-
-def _tagged(y: jax.Array, x: jax.Array, slot: Capture) -> jax.Array:
-    # Of a vmapped layer the input may be shared; the slot is not.
-    a = jnp.broadcast_to(lax.stop_gradient(x.astype(slot.a.dtype)), slot.a.shape)
-    return _tag(y, a, slot)
 
 
 class _Run(NamedTuple):
@@ -151,20 +163,34 @@ def _call_of(eqn: Any, found: Mark | None, body: Body | None) -> Any:
     def checkpoint(operands: list[Any], progress: _Progress) -> Sequence[Any]:
         assert body is not None
         options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
-        function = functools.partial(replay, body.jaxpr, body.consts)
-        return jax.checkpoint(function, **options)(operands, _slots_inside(body, progress))
+        slots, with_slots = _tags_inside(body, progress)
+
+        jaxpr, consts = body.jaxpr, body.consts
+
+        def function(operands: list[Any], slots: list[Any]) -> list[Any]:
+            return replay(jaxpr, consts, operands, with_slots(slots))
+
+        return jax.checkpoint(function, **options)(operands, slots)
 
     def scan(operands: list[Any], progress: _Progress) -> Sequence[Any]:
         assert body is not None
-        return _scan(eqn, body, operands, _slots_inside(body, progress))
+        return _scan(eqn, body, operands, *_tags_inside(body, progress))
 
     if body is None:
         return meet
     return {"call": inside, "checkpoint": checkpoint, "scan": scan}[body.kind]
 
 
-def _slots_inside(body: Body, progress: _Progress) -> Slots:
-    return list(itertools.islice(progress.waiting, _count_calls(body.jaxpr)))
+def _tags_inside(
+    body: Body, progress: _Progress
+) -> tuple[list[Any], Callable[[list[Any]], list[Tag | None]]]:
+    """The slots of the calls inside a body, and what makes tags of them again."""
+    tags = list(itertools.islice(progress.waiting, _count_calls(body.jaxpr)))
+
+    def with_slots(slots: list[Any]) -> list[Tag | None]:
+        return [tag and tag._replace(slot=slot) for tag, slot in zip(tags, slots, strict=True)]
+
+    return [tag and tag.slot for tag in tags], with_slots
 
 
 def _count_calls(jaxpr: Any) -> int:
@@ -177,16 +203,22 @@ def _count_calls(jaxpr: Any) -> int:
     return count
 
 
-def _scan(eqn: Any, body: Body, operands: list[Any], slots: Slots) -> Sequence[Any]:
+def _scan(
+    eqn: Any,
+    body: Body,
+    operands: list[Any],
+    slots: list[Any],
+    with_slots: Callable[[list[Any]], list[Tag | None]],
+) -> Sequence[Any]:
     layout = scan_layout(eqn, body)
     carried = layout.consts + layout.carry
     consts, carry, xs = (
         operands[: layout.consts], operands[layout.consts : carried], operands[carried:]
     )  # fmt: skip
 
-    def step(carry: list[Any], split: tuple[list[Any], Slots]) -> tuple[list[Any], list[Any]]:
+    def step(carry: list[Any], split: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
         xs, slots = split
-        outputs = replay(body.jaxpr, body.consts, [*consts, *carry, *xs], slots)
+        outputs = replay(body.jaxpr, body.consts, [*consts, *carry, *xs], with_slots(slots))
         return outputs[: layout.carry], outputs[layout.carry :]
 
     options = {key: eqn.params[key] for key in ("length", "reverse", "unroll")}

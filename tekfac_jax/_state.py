@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tekfac_jax._eigenbasis import eigenvalues_in, trace
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
+from tekfac_jax._reduced import Basis
 
 
 class LayerState(NamedTuple):
@@ -139,6 +140,7 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     Example:
         >>> import optax, tekfac_jax as tekfac
         >>> from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
+    from tekfac_jax._reduced import Basis
         >>> layers = Layers((LayerSpec(path="d", kind="dense", kernel_shape=(2, 3), contracted=1,
         ...                            use_bias=True, dtype="float32", axes=(-1,)),))
         >>> opt_state = optax.chain(tekfac.scale_by_tekfac(layers), optax.scale(-1.0)).init({})
@@ -315,6 +317,15 @@ def check_state(opt_state: Any, layers: Layers) -> str:
                 f"{expected} in the network."
             )
     return ""
+
+
+def bases_in(opt_state: Any, layers: Layers) -> dict[str, Basis]:
+    """The eigenbasis of each layer; raises if the state is not of these layers."""
+    difference = check_state(opt_state, layers)
+    if difference:
+        raise ValueError(f"opt_state does not fit the layers: {difference}")
+    states = _layer_states(opt_state)
+    return {path: Basis(states[path].q_phi, states[path].q_psi) for path in layers}
 
 
 def _layer_states(opt_state: Any) -> dict[str, LayerState]:

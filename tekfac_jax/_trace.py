@@ -16,7 +16,7 @@ from tekfac_jax._fresh import make_fresh_jaxpr
 from tekfac_jax._layers import unboxed
 from tekfac_jax._linen import observer
 from tekfac_jax._record import Recorder, recording
-from tekfac_jax._replay import Slots, replay
+from tekfac_jax._replay import Tags, replay
 from tekfac_jax._usage import Usage, read_usage
 
 
@@ -28,10 +28,10 @@ class Trace(NamedTuple):
     paths: list[tuple[Any, ...]]  # key path of each leaf of argument 0
     output: Any  # what the function returned, arrays as their shapes
 
-    def run(self, params: Any, slots: Slots) -> Any:
+    def run(self, params: Any, tags: Tags) -> Any:
         """The function's output for other values of its first argument, with tagged layers."""
         leaves = jax.tree.leaves(params)
-        outputs = replay(self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays], slots)
+        outputs = replay(self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays], tags)
         remaining = iter(outputs)
         return jax.tree.map(lambda o: next(remaining) if isinstance(o, _Output) else o, self.output)
 

@@ -18,8 +18,8 @@ import optax
 from jax import lax
 
 from tekfac_jax import _statistics
-from tekfac_jax._batch import Batch, read_batch
-from tekfac_jax._contract import factors_of, rescaling_of
+from tekfac_jax._batch import Batch, check_reduced, read_batch
+from tekfac_jax._contract import Factors, factors_of, rescaling_of
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._eigenbasis import (
     eigenvalues_in,
@@ -32,6 +32,7 @@ from tekfac_jax._eigenbasis import (
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
 from tekfac_jax._pytrees import gather_matrices, scatter_matrices
+from tekfac_jax._reduced import Reduced, ReducedStatistics
 from tekfac_jax._state import (
     LayerState,
     ScaleByTekfacState,
@@ -65,7 +66,7 @@ def _algorithm(
         state: Any,
         params: Any = None,
         *,
-        stats: Statistics | None = None,
+        stats: Statistics | ReducedStatistics | None = None,
         batch_size: int | jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[Any, ScaleByTekfacState]:
@@ -73,14 +74,25 @@ def _algorithm(
         gradients = gather_matrices(updates, layers)
         running = member.measured and options.rescaling == "running"
         batch = read_batch(stats, batch_size, layers, options.axis_name, required=running)
+        if isinstance(stats, ReducedStatistics):
+            theta_needed = member.measured and not running
+            check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
         new = dict(state.layers)
         for path, spec in layers.items():
             tools = _Tools(spec, member, options, state.count)
-            if stats is not None:
+            if isinstance(stats, Statistics):
                 captured = _Captured(stats.layers[path], stats.scale, batch.examples)
                 new[path] = update_factors(tools, new[path], captured)
                 new[path] = update_eigenbasis(tools, new[path])
                 new[path] = update_rescaling(tools, new[path], captured)
+            elif stats is not None:  # Θ was measured in the old basis
+                summed = _Summed(stats.layers[path], batch.examples)
+                if member.measured:
+                    new[path] = update_rescaling(tools, new[path], summed)
+                new[path] = update_factors(tools, new[path], summed)
+                new[path] = update_eigenbasis(tools, new[path])
+                if not member.measured:
+                    new[path] = update_rescaling(tools, new[path], summed)
             if running and path in gradients:
                 new[path] = update_running_rescaling(tools, new[path], gradients[path], batch)
 
@@ -109,9 +121,44 @@ def _algorithm(
 
 
 class _Captured(NamedTuple):
+    """A layer's statistics as they were captured."""
+
     captures: tuple[Capture, ...]
     scale: jax.Array
     examples: jax.Array  # over all devices
+
+    def factors(self, tools: "_Tools", layer: LayerState) -> Any:
+        """Sums over examples: δΦ and δΨ."""
+        kind = tools.kind_of_factors
+        return self._total(factors_of(tools.spec, kind), tools, layer)
+
+    def rescaling(self, tools: "_Tools", layer: LayerState) -> Any:
+        """Sum over examples: Θ in the layer's basis."""
+        return self._total(rescaling_of(tools.spec, layer.q_phi, layer.q_psi), tools, layer)
+
+    def _total(self, contract: Any, tools: "_Tools", layer: LayerState) -> Any:
+        return _statistics.sum_over_examples(
+            contract, tools.spec, self.captures, self.scale, layer.theta.dtype
+        )
+
+
+class _Summed(NamedTuple):
+    """A layer's statistics, contracted in the backward pass."""
+
+    reduced: Reduced
+    examples: jax.Array  # over all devices; 0: nothing was contracted
+
+    def factors(self, tools: "_Tools", layer: LayerState) -> Any:
+        del tools
+        dtype = layer.theta.dtype
+        return _statistics.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
+
+    def rescaling(self, tools: "_Tools", layer: LayerState) -> Any:
+        del tools
+        return self.reduced.theta.astype(layer.theta.dtype)
+
+
+_Source = _Captured | _Summed
 
 
 class _Tools(NamedTuple):
@@ -146,23 +193,28 @@ class _Tools(NamedTuple):
     def at_interval(self, interval: int) -> jax.Array:
         return self.step % interval == 0
 
-    def mean(self, contract: Any, captured: _Captured, layer: LayerState) -> Any:
-        """The mean over the examples of all devices of a contraction."""
-        total = _statistics.sum_over_examples(
-            contract, self.spec, captured.captures, captured.scale, layer.theta.dtype
-        )
+    @property
+    def kind_of_factors(self) -> Factors:
+        return kind_of_factors(self.member, self.options)
+
+    def mean(self, total: Any, examples: jax.Array) -> Any:
+        """The mean over the examples of all devices, from this device's sum."""
         if self.options.axis_name is not None:
             total = lax.psum(total, self.options.axis_name)
-        return jax.tree.map(lambda x: x / captured.examples.astype(x.dtype), total)
+        return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
 
 
-def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
+def kind_of_factors(member: Member, options: Options) -> Factors:
+    """Which factors a member of the family keeps."""
+    return "plain" if member.plain else options.factors
+
+
+def update_factors(tools: _Tools, layer: LayerState, source: _Source) -> LayerState:
     """Every T_FIM steps: δΦ and δΨ (Eq. 2.10), averaged (Eq. 3.7, 3.8)."""
     member, options = tools.member, tools.options
-    contract = factors_of(tools.spec, "plain" if member.plain else options.factors)
 
     def average(layer: LayerState) -> LayerState:
-        new = tools.mean(contract, captured, layer)
+        new = tools.mean(source.factors(tools, layer), source.examples)
         ok = tools.is_finite(new)
         beta = options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
@@ -180,7 +232,7 @@ def update_factors(tools: _Tools, layer: LayerState, captured: _Captured) -> Lay
         )
 
     due = tools.at_interval(options.factor_interval) | (layer.factor_weight == 0)
-    return tools.refresh(due, average, layer)
+    return tools.refresh(due & (source.examples > 0), average, layer)
 
 
 def update_eigenbasis(tools: _Tools, layer: LayerState) -> LayerState:
@@ -212,7 +264,7 @@ def update_eigenbasis(tools: _Tools, layer: LayerState) -> LayerState:
     return tools.refresh(due & (layer.factor_weight > 0), decompose, layer)
 
 
-def update_rescaling(tools: _Tools, layer: LayerState, captured: _Captured) -> LayerState:
+def update_rescaling(tools: _Tools, layer: LayerState, source: _Source) -> LayerState:
     """Every T_RE steps: Θ in the basis in force (Eq. 3.2), averaged (Eq. 3.6)."""
     options = tools.options
     due = tools.at_interval(options.rescaling_interval) | (layer.theta_weight == 0)
@@ -223,10 +275,10 @@ def update_rescaling(tools: _Tools, layer: LayerState, captured: _Captured) -> L
         return layer
 
     def average(layer: LayerState) -> LayerState:
-        contract = rescaling_of(tools.spec, layer.q_phi, layer.q_psi)
-        return _average_theta(tools, layer, tools.mean(contract, captured, layer))
+        new = tools.mean(source.rescaling(tools, layer), source.examples)
+        return _average_theta(tools, layer, new)
 
-    return tools.refresh(due & layer.basis_valid, average, layer)
+    return tools.refresh(due & layer.basis_valid & (source.examples > 0), average, layer)
 
 
 def update_running_rescaling(

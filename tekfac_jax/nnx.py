@@ -19,7 +19,7 @@ from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
 from tekfac_jax import _capture
-from tekfac_jax._capture import Reduction
+from tekfac_jax._capture import Divisor
 from tekfac_jax._flax_layers import describe, input_dtype, kernel_of
 from tekfac_jax._judge import Skip
 from tekfac_jax._layers import Layers
@@ -79,7 +79,7 @@ def value_grad_and_stats(
     layers: Layers,
     *,
     has_aux: bool = False,
-    reduction: Reduction = "mean",
+    reduction: Divisor = "mean",
     loss_scale: float | jax.Array = 1.0,
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that also returns curvature statistics.
