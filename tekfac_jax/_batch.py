@@ -16,8 +16,9 @@ Given = Statistics | ReducedStatistics
 class Batch(NamedTuple):
     """How many examples there are, and how the gradient is scaled."""
 
-    examples: jax.Array  # over all devices
+    examples: jax.Array  # that the gradient is of, over all devices
     to_mean: jax.Array  # what the gradient is multiplied by to be the mean over the examples
+    summed: jax.Array  # examples that the statistics are of, over all devices
 
 
 def read_batch(
@@ -39,7 +40,8 @@ def read_batch(
                 'rescaling="running" needs the number of examples in the batch: pass stats=, or '
                 "batch_size= to update"
             )
-        return Batch(jnp.asarray(1 if batch_size is None else batch_size), jnp.asarray(1.0))
+        size = jnp.asarray(1 if batch_size is None else batch_size)
+        return Batch(size, jnp.asarray(1.0), size)
     _check_layers(stats, layers)
     if isinstance(stats, ReducedStatistics):
         if required and batch_size is None:
@@ -48,12 +50,13 @@ def read_batch(
                 "gradient is of: pass batch_size= to update"
             )
         total = stats.examples if axis_name is None else lax.psum(stats.examples, axis_name)
-        return Batch(total, jnp.asarray(1.0))
+        size = total if batch_size is None else jnp.asarray(batch_size)
+        return Batch(size, jnp.asarray(1.0), total)
     captured = _check_captures(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
     total = local if axis_name is None else lax.psum(local, axis_name)
-    return Batch(total, stats.scale / local)
+    return Batch(total, stats.scale / local, total)
 
 
 def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, theta: bool) -> None:

@@ -81,12 +81,12 @@ def _algorithm(
         for path, spec in layers.items():
             tools = _Tools(spec, member, options, state.count)
             if isinstance(stats, Statistics):
-                captured = _Captured(stats.layers[path], stats.scale, batch.examples)
+                captured = _Captured(stats.layers[path], stats.scale, batch.summed)
                 new[path] = update_factors(tools, new[path], captured)
                 new[path] = update_eigenbasis(tools, new[path])
                 new[path] = update_rescaling(tools, new[path], captured)
             elif stats is not None:  # Θ was measured in the old basis
-                summed = _Summed(stats.layers[path], batch.examples)
+                summed = _Summed(stats.layers[path], batch.summed)
                 if member.measured:
                     new[path] = update_rescaling(tools, new[path], summed)
                 new[path] = update_factors(tools, new[path], summed)

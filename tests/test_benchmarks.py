@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
+from benchmarks import memory
 from benchmarks.cifar import VARIANTS
 from benchmarks.data import DataError, load_dataset
 from benchmarks.errors import UsageError
@@ -566,3 +567,17 @@ def test_whole_comparison(tmp_path, capsys):
             assert run["train_loss"] < 1.0, name
             assert run["epochs"][-1]["test_accuracy"] > 0.8, name
             assert run["median_step_ms"] > 0
+
+
+def test_memory_benchmark(tmp_path, capsys):
+    sizes = "--depth 4 --width 8 --positions 3 --batch-size 5".split()
+    memory.main([*sizes, "--out", str(tmp_path)])
+    written = json.loads((tmp_path / "memory.json").read_text())
+    assert set(written["results"]) == {"scan", "scan and remat"}
+    for result in written["results"].values():
+        assert result["plain gradient"] < result["with raw statistics"]
+        assert all(value > 0 for value in result.values())
+    assert "with reduced statistics" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        memory.main(["--depth", "0"])
+    assert end.value.code == 2

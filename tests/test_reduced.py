@@ -155,6 +155,19 @@ def test_update_with_reduced_statistics(name):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_running_rescaling_with_reduced_statistics():
+    """Θ comes from the gradient; the size of its batch is given."""
+    case = Case()
+    tx = tekfac.scale_by_tekfac(case.layers, rescaling="running", damping=0.1)
+    _, grads, raw = case.function()(case.params, case.x)
+    _, _, reduced = case.reduced()(case.params, case.x)
+    expected, _ = tx.update(grads, tx.init(case.params), stats=raw)
+    size = len(case.x)
+    actual, _ = tx.update(grads, tx.init(case.params), stats=reduced, batch_size=size)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_when_it_is_not_due_nothing_is_contracted():
     case = Case()
     tx = tekfac.scale_by_tekfac(case.layers, factor_interval=3, rescaling_interval=3)
@@ -242,7 +255,7 @@ def test_wrong_statistics_are_refused():
         other.reduced()(other.params, other.x, opt_state=state)
     with pytest.raises(ValueError, match="no state of scale_by_tekfac"):
         case.reduced()(case.params, case.x, opt_state=optax.sgd(0.1).init(case.params))
-    with pytest.raises(ValueError, match=r"other layers.*unknown \['Dense_0'"):
+    with pytest.raises(ValueError, match=r"other layers.*unknown \['Dense_1'"):
         tekfac.scale_by_tekfac(other.layers).update(other.params, state, stats=stats)
     with pytest.raises(ValueError, match='mode must be one of "raw", "reduced"'):
         case.function(mode="summed")
