@@ -160,6 +160,8 @@ _MOST_ROWS = 2**24
 def _describe_embed(module: Any, x: Any) -> dict[str, Any] | str:
     if x.ndim == 0:
         return "its input has no batch axis"
+    if module.num_embeddings == 1:
+        return "it has a single row, whatever its input is"
     if module.num_embeddings > _MOST_ROWS:
         return f"it has more than {_MOST_ROWS:,} rows"
     return {"kind": "embed", "contracted": 1}

@@ -109,43 +109,36 @@ class _Run(NamedTuple):
 
 def _runs(jaxpr: Any) -> Iterator[_Run]:
     """Divides the equations of a jaxpr; markers in something hidden stay where they are."""
-    plain: list[Any] = []
-    for eqn, needed in zip(jaxpr.eqns, _needed_after(jaxpr), strict=True):
+    last_read = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+    last_read |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+    start = 0  # of the stretch without markers
+
+    def stretch(end: int) -> Iterator[_Run]:
+        if start < end:
+            eqns = jaxpr.eqns[start:end]
+            made = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, core.DropVar)]
+            yield _plain_run(jaxpr, eqns, [v for v in made if last_read.get(v, -1) >= end])
+
+    for i, eqn in enumerate(jaxpr.eqns):
         found, body = mark_of(eqn), body_of(eqn)
-        if found is None and not (body and any(marks_below(eqn))):
-            plain.append(eqn)
-            continue
-        if plain:
-            yield _plain_run(jaxpr, plain, needed | set(_variables(eqn.invars)))
-            plain = []
-        yield _Run(eqn.invars, eqn.outvars, _call_of(eqn, found, body))
-    if plain:
-        yield _plain_run(jaxpr, plain, set(_variables(jaxpr.outvars)))
+        if found or (body and any(marks_below(eqn))):
+            yield from stretch(i)
+            yield _Run(eqn.invars, eqn.outvars, _call_of(eqn, found, body))
+            start = i + 1
+    yield from stretch(len(jaxpr.eqns))
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
-def _needed_after(jaxpr: Any) -> list[set[Any]]:
-    """For each equation the variables that are read after it."""
-    needed = set(_variables(jaxpr.outvars))
-    after = []
-    for eqn in reversed(jaxpr.eqns):
-        after.append(set(needed))
-        needed |= set(_variables(eqn.invars))
-    return after[::-1]
-
-
-def _plain_run(jaxpr: Any, eqns: list[Any], needed: set[Any]) -> _Run:
+def _plain_run(jaxpr: Any, eqns: list[Any], outvars: list[Any]) -> _Run:
     """A stretch of equations as a jaxpr of its own."""
-    made = [v for eqn in eqns for v in eqn.outvars if not isinstance(v, core.DropVar)]
-    outvars = [v for v in made if v in needed]
+    own = {v for eqn in eqns for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
-    own = set(made)
     invars = [v for v in read if v not in own]
-    stretch = jaxpr.replace(constvars=[], invars=invars, outvars=outvars, eqns=eqns)
-    function = core.jaxpr_as_fun(core.ClosedJaxpr(stretch, ()))
+    part = jaxpr.replace(constvars=[], invars=invars, outvars=outvars, eqns=eqns)
+    function = core.jaxpr_as_fun(core.ClosedJaxpr(part, ()))
     return _Run(invars, outvars, lambda operands, progress: function(*operands))
 
 

@@ -138,14 +138,13 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
         ValueError: there is no such state inside.
 
     Example:
-        >>> import optax, tekfac_jax as tekfac
-        >>> from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
-    from tekfac_jax._reduced import Basis
-        >>> layers = Layers((LayerSpec(path="d", kind="dense", kernel_shape=(2, 3), contracted=1,
-        ...                            use_bias=True, dtype="float32", axes=(-1,)),))
-        >>> opt_state = optax.chain(tekfac.scale_by_tekfac(layers), optax.scale(-1.0)).init({})
-        >>> tekfac.curvature(opt_state)["d"].theta.shape
-        (3, 3)
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
+        >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
+        >>> tekfac.curvature(opt_state)["params"].theta.shape
+        (6, 3)
     """
 
     def read(layer: LayerState) -> Curvature:

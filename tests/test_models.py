@@ -56,6 +56,7 @@ def test_every_layer_is_exact_or_listed(name):
     assert max(errors.values()) <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_trains(name):
     losses, params, x, _ = case(name)

@@ -301,6 +301,7 @@ def test_reduction_undoes_what_the_loss_was_divided_by(name, reduction):
 # Row 11 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense positions", "conv strided", "conv dilated no bias"])
 @every_sibling
 def test_permuted_or_duplicated_batch_changes_nothing(name, sibling):

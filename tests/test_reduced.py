@@ -44,6 +44,7 @@ def batch_of_words(shape):
     return jnp.asarray(np.random.default_rng(0).integers(0, 7, shape))
 
 
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.parametrize(
     ("name", "factors"),
@@ -104,6 +105,7 @@ def by_optax(function, params, x, state, count):
     return value / count, jax.tree.map(lambda g: g / count, grads), stats
 
 
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.parametrize("accumulate", [by_hand, by_optax])
 @pytest.mark.parametrize("name", ["MLP", "decoder-only transformer, scan and remat"])

@@ -201,6 +201,7 @@ class Block(nn.Module):
         return jnp.tanh(conv(x[..., None, :])[..., 0, :]), None
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("name", SCALE_BY)
 def test_stacked_layers_train_as_separate_ones(name):

@@ -183,6 +183,9 @@ _UNCOVERED = {
         then(convolution(conv_general_dilated=jax.lax.conv_general_dilated)),
         {_ANY: "conv_general_dilated"}, shape=(5, 3, 4),
     ),
+    "embedding of one row": Case(
+        then(lambda x: nn.Embed(1, 4, name="odd")(jnp.zeros(5, jnp.int32))), {_ANY: "single row"}
+    ),
     "tied embedding": Case(then(tied_embedding), {_ANY: "tied"}),
     "optimized LSTM": Case(
         then(lambda x: nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=x.dtype), name="odd")(x)),
