@@ -107,7 +107,8 @@ def body_of(eqn: Any) -> Body | None:
     if name == "custom_jvp_call":
         # Of a marker. One of the user's own has a derivative that a walk inside would lose.
         jaxpr, consts = open_jaxpr(eqn.params["call_jaxpr"])
-        return Body("call", jaxpr, consts) if all(map(_only_marks, jaxpr.eqns)) else None
+        is_marker = any(marks_below(eqn)) and all(map(_only_marks, jaxpr.eqns))
+        return Body("call", jaxpr, consts) if is_marker else None
     return None
 
 

@@ -123,6 +123,15 @@ def two_paths(apply, params, x):
     return losses_of(apply({"params": {**params, "other": params["odd"]}}, x))
 
 
+@jax.custom_jvp
+def double_gradient(x):
+    """The same numbers, but not the same derivative: no copy."""
+    return x
+
+
+double_gradient.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
+
+
 def own_custom_vjp(f):
     def forward(params, x):
         return jax.vjp(f, params, x)
@@ -241,6 +250,10 @@ _UNCOVERED = {
     ),
     "frozen": Case(
         then(dense()), {_KERNEL: "computed|no supported"}, retie(jax.lax.stop_gradient)
+    ),
+    "its gradient doubled": Case(
+        then(dense()), {_KERNEL: "computed|no supported"},
+        retie(functools.partial(jax.tree.map, double_gradient)),
     ),
     "scaled bias": Case(
         then(dense()), {_KERNEL: "bias", "odd/bias": "no supported"},
