@@ -156,7 +156,8 @@ def value_grad_and_stats(
         plan, scale = plan_and_scale(params, args, kwargs)
         grad_fn = jax.value_and_grad(plan.run, argnums=(0, 1), has_aux=has_aux)
         value, (grads, captures) = grad_fn(params, plan.slots())
-        return value, grads, Statistics(captures, scale)
+        examples = jnp.full_like(scale, plan.batch_size)
+        return value, grads, Statistics(captures, scale, examples)
 
     def reduced(
         params: Any, *args: Any, opt_state: Any = None, when: Any = True, **kwargs: Any

@@ -15,7 +15,7 @@ ROOMS = [
     "_layers", "_fresh", "_marks", "_usage", "_replay", "_record", "_flax_layers", "_linen",
     "_trace", "_judge", "_plan", "_statistics", "_embedding", "_contract", "_reduced",
     "_eigenbasis", "_state", "_damping", "_options", "_capture", "_pytrees", "_check", "_fisher",
-    "_batch", "_transform", "_optimizers", "train_state", "__init__", "nnx",
+    "_batch", "_refresh", "_transform", "_optimizers", "train_state", "__init__", "nnx",
 ]  # fmt: skip
 
 

@@ -170,6 +170,19 @@ def test_running_rescaling_with_reduced_statistics():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+def test_raw_statistics_that_were_added_up_are_refused():
+    """Their sum means nothing: no curvature comes of it, and the state says so."""
+    case = Case()
+    _, grads, stats = case.function()(case.params, case.x)
+    tx = tekfac.scale_by_tekfac(case.layers)
+    updates, state = tx.update(
+        grads, tx.init(case.params), stats=jax.tree.map(jnp.add, stats, stats)
+    )
+    jax.tree.map(np.testing.assert_array_equal, updates, grads)
+    assert all(layer.failures > 0 for layer in state.layers.values())
+    assert not any(layer.basis_valid for layer in state.layers.values())
+
+
 def test_when_it_is_not_due_nothing_is_contracted():
     case = Case()
     tx = tekfac.scale_by_tekfac(case.layers, factor_interval=3, rescaling_interval=3)

@@ -1,0 +1,232 @@
+"""The three refreshes of a layer's curvature, each at its interval.
+
+Factors, eigenbasis and re-scaling; where the statistics come from (captured, or contracted in the
+backward pass) is the business of a source, which gives sums over examples.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tekfac_jax import _statistics
+from tekfac_jax._batch import Batch
+from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, rotate, trace, transport
+from tekfac_jax._layers import Capture, LayerSpec
+from tekfac_jax._options import Number, Options
+from tekfac_jax._reduced import Reduced
+from tekfac_jax._state import LayerState, debiased, for_each, unit_trace
+
+
+class Member(NamedTuple):
+    """The two switches that tell the family of four apart."""
+
+    plain: bool  # factors A and U instead of the trace-restricted Φ and Ψ
+    measured: bool  # Θ measured in the eigenbasis instead of the factors' eigenvalues
+
+
+class Captured(NamedTuple):
+    """A layer's statistics as they were captured."""
+
+    captures: tuple[Capture, ...]
+    scale: jax.Array
+    examples: jax.Array  # over all devices
+
+    def factors(self, tools: "Tools", layer: LayerState) -> Any:
+        """Sums over examples: δΦ and δΨ."""
+        kind = tools.kind_of_factors
+        return self._total(factors_of(tools.spec, kind), tools, layer)
+
+    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
+        """Sum over examples: Θ in the layer's basis."""
+        return self._total(rescaling_of(tools.spec, layer.q_phi, layer.q_psi), tools, layer)
+
+    def _total(self, contract: Any, tools: "Tools", layer: LayerState) -> Any:
+        return _statistics.sum_over_examples(
+            contract, tools.spec, self.captures, self.scale, layer.theta.dtype
+        )
+
+
+class Summed(NamedTuple):
+    """A layer's statistics, contracted in the backward pass."""
+
+    reduced: Reduced
+    examples: jax.Array  # over all devices; 0: nothing was contracted
+
+    def factors(self, tools: "Tools", layer: LayerState) -> Any:
+        del tools
+        dtype = layer.theta.dtype
+        return _statistics.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
+
+    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
+        del tools
+        return self.reduced.theta.astype(layer.theta.dtype)
+
+
+Source = Captured | Summed
+
+
+class Tools(NamedTuple):
+    """What the three refreshes of a layer have in common."""
+
+    spec: LayerSpec
+    member: Member
+    options: Options
+    step: jax.Array
+
+    def refresh(
+        self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
+    ) -> LayerState:
+        """Runs `function` if it is due; of several layers it changes those for which it is."""
+
+        def run(layer: LayerState) -> LayerState:
+            new = function(layer)
+            return jax.tree.map(lambda x, y: jnp.where(for_each(due, x), x, y), new, layer)
+
+        return lax.cond(
+            jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
+        )
+
+    def is_finite(self, new: Any) -> jax.Array:
+        """For each of the stacked layers whether all its new numbers are finite, (*lead)."""
+        lead = len(self.spec.lead)
+        finite = [
+            jnp.all(jnp.isfinite(x), axis=tuple(range(lead, x.ndim))) for x in jax.tree.leaves(new)
+        ]
+        return functools.reduce(jnp.logical_and, finite)
+
+    def at_interval(self, interval: int) -> jax.Array:
+        return self.step % interval == 0
+
+    @property
+    def kind_of_factors(self) -> Factors:
+        return kind_of_factors(self.member, self.options)
+
+    def mean(self, total: Any, examples: jax.Array) -> Any:
+        """The mean over the examples of all devices, from this device's sum."""
+        if self.options.axis_name is not None:
+            total = lax.psum(total, self.options.axis_name)
+        return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
+
+
+def kind_of_factors(member: Member, options: Options) -> Factors:
+    """Which factors a member of the family keeps."""
+    return "plain" if member.plain else options.factors
+
+
+def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerState:
+    """Every T_FIM steps: δΦ and δΨ (Eq. 2.10), averaged (Eq. 3.7, 3.8)."""
+    member, options = tools.member, tools.options
+
+    def average(layer: LayerState) -> LayerState:
+        new = tools.mean(source.factors(tools, layer), source.examples)
+        ok = tools.is_finite(new)
+        beta = options.factor_decay
+        phi = _average(ok, beta, layer.phi, new.phi)
+        psi = _average(ok, beta, layer.psi, new.psi)
+        weight = _average(ok, beta, layer.factor_weight, 1.0)
+        delta = debiased(trace(phi, layer.q_phi), weight)
+        if member.plain:
+            delta = delta * debiased(trace(psi, layer.q_psi), weight)
+        return layer._replace(
+            phi=phi,
+            psi=psi,
+            factor_weight=weight,
+            delta=delta,
+            failures=layer.failures + jnp.int32(~ok),
+        )
+
+    due = tools.at_interval(options.factor_interval) | (layer.factor_weight == 0)
+    return tools.refresh(due & (source.examples != 0), average, layer)
+
+
+def update_eigenbasis(tools: Tools, layer: LayerState) -> LayerState:
+    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis."""
+
+    def decompose(layer: LayerState) -> LayerState:
+        old = layer.q_phi, layer.q_psi
+        q_psi, ok = eigenvectors(layer.psi)
+        q_phi = None
+        if layer.q_phi is not None:
+            q_phi, phi_ok = eigenvectors(layer.phi)
+            ok &= phi_ok
+        theta = transport(layer.theta, old, (q_phi, q_psi))
+        (q_phi, q_psi), theta = jax.tree.map(
+            lambda x, y: jnp.where(for_each(ok, x), x, y),
+            ((q_phi, q_psi), theta),
+            (old, layer.theta),
+        )
+        return layer._replace(
+            q_phi=q_phi,
+            q_psi=q_psi,
+            theta=theta,
+            basis_valid=layer.basis_valid | ok,
+            failures=layer.failures + jnp.int32(~ok),
+        )
+
+    # Never before statistics have come: the eigenvectors of zero are arbitrary.
+    due = tools.at_interval(tools.options.eigenbasis_interval) | ~layer.basis_valid
+    return tools.refresh(due & (layer.factor_weight > 0), decompose, layer)
+
+
+def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerState:
+    """Every T_RE steps: Θ in the basis in force (Eq. 3.2), averaged (Eq. 3.6)."""
+    options = tools.options
+    due = tools.at_interval(options.rescaling_interval) | (layer.theta_weight == 0)
+    if not tools.member.measured:
+        due |= tools.at_interval(options.eigenbasis_interval)
+        return tools.refresh(due & layer.basis_valid, _eigenvalue_product, layer)
+    if options.rescaling == "running":
+        return layer
+
+    def average(layer: LayerState) -> LayerState:
+        new = tools.mean(source.rescaling(tools, layer), source.examples)
+        return _average_theta(tools, layer, new)
+
+    return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)
+
+
+def update_running_rescaling(
+    tools: Tools, layer: LayerState, gradient: jax.Array, batch: Batch
+) -> LayerState:
+    """Every T_RE steps: Θ from the mini-batch gradient alone, N (Q_Φᵀ ḡ Q_Ψ)².
+
+    Needs no statistics, but its expectation is Θ + (N−1)μ², μ the rotated mean gradient.
+    """
+
+    def average(layer: LayerState) -> LayerState:
+        dtype = layer.theta.dtype
+        mean = gradient.astype(dtype) * batch.to_mean.astype(dtype)
+        rotated = rotate(mean, layer.q_phi, layer.q_psi)
+        return _average_theta(tools, layer, batch.examples.astype(dtype) * rotated**2)
+
+    due = tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
+    return tools.refresh(due & layer.basis_valid, average, layer)
+
+
+def _eigenvalue_product(layer: LayerState) -> LayerState:
+    """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
+    lambda_phi = eigenvalues_in(unit_trace(layer.phi, layer.q_phi), layer.q_phi)
+    lambda_psi = eigenvalues_in(unit_trace(layer.psi, layer.q_psi), layer.q_psi)
+    product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
+    product = for_each(layer.delta, product) * product
+    return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
+
+
+def _average_theta(tools: Tools, layer: LayerState, new: jax.Array) -> LayerState:
+    ok, beta = tools.is_finite(new), tools.options.rescaling_decay
+    return layer._replace(
+        theta=_average(ok, beta, layer.theta, new),
+        theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
+        failures=layer.failures + jnp.int32(~ok),
+    )
+
+
+def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:
+    """X ← βX + (1−β)X_new, or X where the new value cannot be used."""
+    beta = jnp.asarray(beta, old.dtype)
+    return jnp.where(for_each(ok, old), beta * old + (1 - beta) * new, old)
