@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from tekfac_jax._contract import Factors
-from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics, call_positions
+from tekfac_jax._layers import (
+    Capture,
+    Layers,
+    LayerSpec,
+    Statistics,
+    call_positions,
+    is_attend,
+)
 from tekfac_jax._reduced import ReducedStatistics
 
 Given = Statistics | ReducedStatistics
@@ -119,20 +126,26 @@ def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
             f"stats of layer {path!r} have shapes {capture.a.shape} and {capture.u.shape}, which "
             f"do not begin with the layer's stack of {spec.stack}. {remedy}"
         )
-    if u[-features:] != spec.bias_shape:
-        raise ValueError(
-            f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "
-            f"{spec.bias_shape}. {remedy}"
-        )
-    inputs = spec.kernel_shape[: spec.contracted]
-    if spec.kind == "embed":
+    outputs, inputs = spec.bias_shape, spec.kernel_shape[: spec.contracted]
+    if spec.kind == "norm":
         seen: tuple[int, ...] = a
+        inputs = u
+    elif spec.kind == "embed" and spec.attended and is_attend(*capture):
+        seen = a[-1:]
+        outputs, inputs = inputs, outputs
+    elif spec.kind == "embed":
+        seen = a
         inputs = u[:-1]
     elif spec.kind == "conv":
         seen = a[-1:]
         inputs = (inputs[-1] * spec.groups,)
     else:
         seen = tuple(a[axis] for axis in spec.axes)
+    if u[-features:] != outputs:
+        raise ValueError(
+            f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "
+            f"{outputs}. {remedy}"
+        )
     if seen != inputs or call_positions(spec, u) < 1:
         raise ValueError(
             f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. {remedy}"

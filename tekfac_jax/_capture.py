@@ -24,10 +24,16 @@ from tekfac_jax._trace import trace_layers
 
 Divisor = Literal["mean", "sum"] | float | jax.Array
 Mode = Literal["raw", "reduced"]
+Norm = Literal["fallback", "unitwise"]
 
 
 def find_layers(
-    fn: Callable[..., Any], params: Any, *args: Any, skip: Skip = None, **kwargs: Any
+    fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    skip: Skip = None,
+    norm: Norm = "fallback",
+    **kwargs: Any,
 ) -> Layers:
     """Finds the layers of a Flax linen network whose curvature can be captured exactly.
 
@@ -40,13 +46,17 @@ def find_layers(
         *args: the other arguments. Those without a shape (``train=True``) stay static.
         skip: regular expression searched in the layer's path, or predicate on it; layers that
             match are left out.
+        norm: ``"unitwise"``: the scale and bias of each feature of a normalisation (`nn.LayerNorm`,
+            `nn.RMSNorm`, `nn.GroupNorm`, `nn.InstanceNorm`, `nn.BatchNorm`) get the exact Fisher
+            block of these two; ``"fallback"``: they are not covered.
         **kwargs: keyword arguments of `fn`.
 
     Returns:
         `Layers`, a frozen and hashable mapping from path to `LayerSpec`.
 
     Raises:
-        ValueError: no layer can be captured, or the layers disagree on the batch size.
+        ValueError: no layer can be captured, the layers disagree on the batch size, or `norm` is
+            unknown.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -60,7 +70,8 @@ def find_layers(
         ~      dense  6   3    1          432
         1 layers, 432 bytes of state
     """
-    trace = trace_layers(fn, params, args, kwargs)
+    check_choice("norm", norm, get_args(Norm))
+    trace = trace_layers(fn, params, args, kwargs, norms=norm == "unitwise")
     findings = judge(trace, as_predicate(skip))
     if not findings.covered:
         raise ValueError(nothing_found(trace, findings))

@@ -3,24 +3,17 @@
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 
-from tekfac_jax import _embedding, _statistics
+from tekfac_jax import _embedding, _norms, _statistics
 from tekfac_jax._layers import LayerSpec
-from tekfac_jax._statistics import HIGHEST, Contraction
+from tekfac_jax._statistics import Contraction
 
 Factors = Literal["exact", "location", "plain"]
 
 
 def factors_of(spec: LayerSpec, kind: Factors) -> Contraction:
     """The two factors of a layer: exact or location (Φ and Ψ), or plain (A and U)."""
-    if spec.kind == "embed":
-        return _embedding.contractions(spec.in_dim)[kind]
-    return {
-        "exact": _statistics.exact_factors,
-        "location": _statistics.location_factors,
-        "plain": _statistics.plain_factors,
-    }[kind]
+    return _contractions_of(spec)[kind]
 
 
 def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> Contraction:
@@ -28,7 +21,11 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
 
     def contract(a: jax.Array, u: jax.Array) -> jax.Array:
         if q_phi is None:
+            if spec.attended:
+                return _embedding.attended_rescaling(a, u, q_psi)
             return _embedding.rescaling(a, u, q_psi, spec.in_dim)
+        if spec.kind == "norm":
+            return _norms.rescaling(a, u, q_phi)
         return _statistics.rescaling(a, u, q_phi, q_psi)
 
     return contract
@@ -36,6 +33,20 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
 
 def gradient_of(spec: LayerSpec) -> Contraction:
     """Σ_n G_n itself."""
+    return _contractions_of(spec)["gradient"]
+
+
+def _contractions_of(spec: LayerSpec) -> dict[str, Contraction]:
+    """By name."""
+    if spec.kind == "norm":
+        return _norms.contractions(spec.use_bias)
+    if spec.kind == "embed" and spec.attended:
+        return _embedding.attended_contractions()
     if spec.kind == "embed":
-        return _embedding.contractions(spec.in_dim)["gradient"]
-    return lambda a, u: jnp.einsum("...nti,...nto->...io", a, u, precision=HIGHEST)
+        return _embedding.contractions(spec.in_dim)
+    return {
+        "exact": _statistics.exact_factors,
+        "location": _statistics.location_factors,
+        "plain": _statistics.plain_factors,
+        "gradient": _statistics.gradient,
+    }

@@ -50,7 +50,8 @@ def layer_dampings(
     def own(path: str) -> jax.Array:
         dtype = theta[path].dtype
         if isinstance(damping, str):
-            rule = trace_damping(theta[path], trace_floor)
+            rule = trace_damping(_as_one_layer(layers[path], theta[path]), trace_floor)
+            rule = rule.reshape(*rule.shape, *[1] * (len(layers[path].lead) - rule.ndim))
         else:
             rule = jnp.asarray(damping, dtype)
         return jnp.broadcast_to(rule * damping_scale, layers[path].lead).astype(dtype)
@@ -64,6 +65,13 @@ def layer_dampings(
                 own_dtype = dampings[path].dtype
                 dampings[path] = jnp.where(beta > 0, beta.astype(own_dtype), dampings[path])
     return dampings
+
+
+def _as_one_layer(spec: LayerSpec, theta: jax.Array) -> jax.Array:
+    """Θ; of a normalisation that of all its features together, for they are one layer."""
+    if spec.kind != "norm":
+        return theta
+    return theta.reshape(*spec.stack, -1, 1)
 
 
 def _is_fully_connected(spec: LayerSpec) -> bool:

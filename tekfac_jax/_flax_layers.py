@@ -1,23 +1,26 @@
 """Flax's layer types: which are supported, and how one call becomes a `LayerSpec`."""
 
+import dataclasses
 import itertools
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
 
-from tekfac_jax._layers import LayerSpec, call_positions, replace
+from tekfac_jax._layers import LayerSpec, at_least_float32, call_positions, replace
 
 
-def describe(kind: type, module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
+def describe(kind: type, method: str, module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec | str:
     """The spec of a call (without a path), or why the layer cannot be captured.
 
     Args:
         kind: the layer's type in `flax.linen`.
+        method: ``"__call__"``, or ``"attend"`` of an embedding.
         module: the layer, or whatever has the attributes of one.
         x: its input.
         y: its output.
@@ -25,11 +28,13 @@ def describe(kind: type, module: Any, x: Any, y: Any, kernel: Any) -> LayerSpec 
     """
     if not jnp.issubdtype(kernel.dtype, jnp.floating):
         return f"its kernel is {kernel.dtype}, not a real floating-point array"
-    if module.promote_dtype is not dtypes.promote_dtype:
+    if getattr(module, "promote_dtype", dtypes.promote_dtype) is not dtypes.promote_dtype:
         return "it has a promote_dtype of its own"
     fields = _FIELDS[kind](module, x)
     if isinstance(fields, str):
         return fields
+    if kind is nn.Embed:
+        fields["attended"] = method == "attend"
     spec = LayerSpec(
         path="",
         kernel_shape=tuple(kernel.shape),
@@ -167,6 +172,18 @@ def _describe_embed(module: Any, x: Any) -> dict[str, Any] | str:
     return {"kind": "embed", "contracted": 1}
 
 
+def _describe_norm(module: Any, x: Any) -> dict[str, Any] | str:
+    """A scale and a bias for each index of the feature axes, which must be the last ones."""
+    axes = getattr(module, "feature_axes", getattr(module, "axis", -1))
+    axes = tuple(sorted(axis % x.ndim for axis in _tuple(axes, 1)))
+    if 0 in axes:
+        return "its input has no batch axis in front of its features"
+    if axes != tuple(range(x.ndim - len(axes), x.ndim)):
+        return "its features are not the last axes of its input"
+    features = int(np.prod([x.shape[axis] for axis in axes]))
+    return {"kind": "norm", "contracted": 0, "groups": features}
+
+
 _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
     nn.Dense: lambda module, x: _dense_fields(module, x, (x.ndim - 1,)),
     nn.DenseGeneral: _describe_dense,
@@ -174,21 +191,89 @@ _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
     nn.Conv: _describe_conv,
     nn.ConvTranspose: _describe_conv_transpose,
     nn.Embed: _describe_embed,
+    nn.LayerNorm: _describe_norm,
+    nn.RMSNorm: _describe_norm,
+    nn.GroupNorm: _describe_norm,
+    nn.InstanceNorm: _describe_norm,
+    nn.BatchNorm: _describe_norm,
 }
+_NORMS = frozenset(kind for kind, fields in _FIELDS.items() if fields is _describe_norm)
 
 
 def kernel_of(kind: type, parameters: Mapping[str, Any]) -> Any:
     """The layer's kernel among its parameters; None before `init` has made it."""
-    return parameters.get("embedding" if kind is nn.Embed else "kernel")
+    name = "scale" if kind in _NORMS else "embedding" if kind is nn.Embed else "kernel"
+    return parameters.get(name)
 
 
-def input_dtype(kind: type, module: Any, x: Any, parameters: Mapping[str, Any]) -> Any:
-    """The dtype in which the layer's input is captured: that of its arithmetic."""
-    if kind is nn.Embed:
-        return jnp.dtype(jnp.float32)
-    return dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The input among the arguments of a call, whatever the layer calls it."""
+    named = (kwargs[name] for name in ("inputs", "x", "query") if name in kwargs)
+    return args[0] if args else next(named, None)
 
 
-def is_supported(kind: type) -> bool:
-    """Whether calls of layers of this type can be captured; subclasses may do anything."""
-    return kind in _FIELDS
+def captured_input(
+    kind: type, method: str, module: Any, x: Any, parameters: Mapping[str, Any]
+) -> jax.ShapeDtypeStruct:
+    """Shape and dtype in which the layer's input is captured: the dtype of its arithmetic."""
+    if kind is nn.Embed and method == "__call__":
+        dtype = jnp.dtype(jnp.float32)
+    else:
+        dtype = dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
+        # Normalisations compute in at least float32, and round what they return.
+        dtype = at_least_float32(dtype) if kind in _NORMS else dtype
+    return jax.ShapeDtypeStruct(x.shape, dtype)
+
+
+def normalised(
+    kind: type,
+    module: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    state: Mapping[str, Any],
+    dtype: Any,
+) -> jax.Array:
+    """What a normalisation multiplies by its scale: its output, were there no scale and no bias.
+
+    Args:
+        kind: the layer's type in `flax.linen`.
+        module: the layer, or whatever has the attributes of one.
+        args: what it is called with.
+        kwargs: what it is called with.
+        state: its variables that are no parameters.
+        dtype: of the result.
+    """
+    names = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}
+    options = {name: getattr(module, name) for name in names if hasattr(module, name)}
+    without = {name: False for name in ("use_scale", "use_bias") if name in names}
+    same = kind(**{**options, **without, "dtype": dtype}, parent=None)
+    return same.apply(state, *args, mutable=list(state), **kwargs)[0]
+
+
+def why_not_supported(kind: type, *, norms: bool) -> str:
+    """What stands in the table beside the parameters of a module that is no layer."""
+    if kind in _NORMS and norms:
+        return f"{kind.__name__} without a scale is not supported"
+    if kind in _NORMS:
+        return f'{kind.__name__}, left to the fallback: norm="unitwise" covers its scale and bias'
+    return f"{kind.__name__} is not a supported layer"
+
+
+def is_norm(kind: type) -> bool:
+    """Whether layers of this type normalise, and then scale and shift each feature."""
+    return kind in _NORMS
+
+
+def is_supported(kind: type, method: str, *, norms: bool) -> bool:
+    """Whether such calls can be captured; subclasses of a type may do anything.
+
+    Args:
+        kind: the layer's type in `flax.linen`.
+        method: what is called.
+        norms: whether normalisations are wanted.
+    """
+    if kind in _NORMS:
+        return norms and method == "__call__"
+    if method == "attend":
+        return kind is nn.Embed
+    return method == "__call__" and kind in _FIELDS

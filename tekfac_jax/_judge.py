@@ -65,7 +65,7 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
             covered[path] = [use for use, _ in uses]
             reasons.update(dict.fromkeys(leaves[path], ""))
     for leaf, number in trace.usage.others.items():
-        reasons.setdefault(leaf, f"{trace.record.owners[number]} is not a supported layer")
+        reasons.setdefault(leaf, trace.record.others[number])
     unknown = "no supported layer was seen to use it as its own"
     if homeless:
         unknown += f" (seen with other kernels: {'; '.join(sorted(set(homeless)))})"
@@ -155,6 +155,8 @@ def _joint_verdict(
         if isinstance(verdict, str):
             return verdict
     specs: list[LayerSpec] = [v for v in verdicts if isinstance(v, LayerSpec)]
+    attended = any(spec.attended for spec in specs)
+    specs = [replace(spec, attended=attended) for spec in specs]
     if len(set(specs)) > 1:
         return "tied: layers of different kinds share this parameter"
     if leaves & trace.usage.entangled:

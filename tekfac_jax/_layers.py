@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-Kind = Literal["dense", "conv", "embed"]
+Kind = Literal["dense", "conv", "embed", "norm"]
 Padding = str | tuple[tuple[int, int], ...]
 
 
@@ -30,7 +30,8 @@ class Capture(NamedTuple):
     """What one call of a layer leaves behind.
 
     Attributes:
-        a: the layer's input, as the layer received it (batch axis first).
+        a: the layer's input, as the layer received it (batch axis first); of a normalisation what
+            it multiplies by its scale.
         u: gradient of the loss with respect to the layer's output, in the output's shape.
     """
 
@@ -60,8 +61,9 @@ class LayerSpec:
     Attributes:
         path: where the dict with the kernel stands in argument 0, keys joined by ``/``.
         kind: ``"dense"`` (`nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`), ``"conv"`` (`nn.Conv`,
-            `nn.ConvTranspose`) or ``"embed"`` (`nn.Embed`).
-        kernel_shape: shape of the kernel as the layer sees it.
+            `nn.ConvTranspose`), ``"embed"`` (`nn.Embed`) or ``"norm"`` (`nn.LayerNorm` and its
+            like: as many groups as features, of a scale and a bias each).
+        kernel_shape: shape of the kernel (table, scale) as the layer sees it.
         contracted: how many leading axes of the kernel are input axes.
         use_bias: whether a bias stands beside the kernel.
         dtype: name of the kernel's dtype.
@@ -69,7 +71,8 @@ class LayerSpec:
             runs over.
         kernel_stack: the kernel's axes, in Flax's parameter, that these are.
         bias_stack: the same for the bias.
-        groups: conv: groups of features.
+        groups: conv, norm: groups of features.
+        attended: embed: whether `attend` is called too, or alone: a tied output head.
         axes: dense: the input axes that are contracted, counted from the end (negative).
         strides: conv: window strides.
         dilation: conv: kernel dilation.
@@ -91,6 +94,7 @@ class LayerSpec:
     kernel_stack: tuple[int, ...] = ()
     bias_stack: tuple[int, ...] = ()
     groups: int = 1
+    attended: bool = False
     axes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
@@ -121,7 +125,7 @@ class LayerSpec:
     @property
     def kernel_name(self) -> str:
         """What Flax calls the kernel."""
-        return "embedding" if self.kind == "embed" else "kernel"
+        return {"embed": "embedding", "norm": "scale"}.get(self.kind, "kernel")
 
     @property
     def has_input_basis(self) -> bool:
@@ -281,13 +285,19 @@ def call_positions(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
 def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """One call as `a` [*lead, N, T, in[+1]] and `u` [*lead, N, T, out], in `dtype`.
 
-    Of an embedding `a` is [*lead, N, T, 1], the row numbers.
+    Of an embedding `a` is [*lead, N, T, 1], the row numbers. Where its table is attended too `a`
+    is [*lead, N, T, rows]: a 1 in the row that is read, and from `attend`, whose gradient is
+    Σ_t u_nt a_ntᵀ, what its output received; `u` is the other side. Of a normalisation both are
+    [*stack, N, T, features].
     """
 
     def one(a: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
         n = u.shape[0]
         if spec.kind == "embed":
-            return a.reshape(n, -1, 1).astype(dtype), u.reshape(n, -1, spec.out_dim).astype(dtype)
+            return _rows_and_vectors(spec, a, u, dtype)
+        if spec.kind == "norm":
+            shape = (n, -1, spec.groups)
+            return a.reshape(shape).astype(dtype), u.reshape(shape).astype(dtype)
         rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
         a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted]) * spec.groups)
         a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)
@@ -299,6 +309,29 @@ def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Arra
     for _ in spec.stack:
         one = jax.vmap(one)
     return one(*capture)
+
+
+def _rows_and_vectors(
+    spec: LayerSpec, a: jax.Array, u: jax.Array, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    n, rows = u.shape[0], spec.in_dim
+    if is_attend(a, u):
+        return u.reshape(n, -1, rows).astype(dtype), a.reshape(n, -1, spec.out_dim).astype(dtype)
+    if spec.attended:
+        a = jax.nn.one_hot(row_numbers(a, rows), rows)
+        return a.reshape(n, -1, rows).astype(dtype), u.reshape(n, -1, spec.out_dim).astype(dtype)
+    return a.reshape(n, -1, 1).astype(dtype), u.reshape(n, -1, spec.out_dim).astype(dtype)
+
+
+def is_attend(a: Any, u: Any) -> bool:
+    """Whether an embedding's call was `attend`: its input is vectors, not row numbers."""
+    return a.ndim == u.ndim
+
+
+def row_numbers(a: jax.Array, rows: int) -> jax.Array:
+    """An embedding's input as integers; negative ones count from the end, as in `jnp.take`."""
+    ids = a.astype(jnp.int32)
+    return jnp.where(ids < 0, ids + rows, ids)
 
 
 def _by_group(spec: LayerSpec, a: jax.Array) -> jax.Array:

@@ -5,7 +5,16 @@ from typing import Any
 
 import flax.linen as nn
 
-from tekfac_jax._flax_layers import describe, input_dtype, is_supported, kernel_of
+from tekfac_jax._flax_layers import (
+    captured_input,
+    describe,
+    input_of,
+    is_norm,
+    is_supported,
+    kernel_of,
+    normalised,
+    why_not_supported,
+)
 from tekfac_jax._record import Recorder
 
 
@@ -17,23 +26,26 @@ def observer(recorder: Recorder) -> Callable[..., Any]:
         with recorder.module((args, kwargs, module.variables)):
             if method == "setup":
                 return next_fun(*args, **kwargs)
-            kind = type(module)
-            if method != "__call__" or not is_supported(kind):
-                result = next_fun(*args, **kwargs)
-                recorder.other(_parameters_of(module), kind.__name__)
-                return result
-            x = args[0] if args else kwargs.get("inputs")
-            parameters = _parameters_of(module)
+            kind, parameters = type(module), _parameters_of(module)
             kernel = kernel_of(kind, parameters)
-            if not hasattr(x, "shape") or kernel is None:  # no array, or a call of `init`
+            if kernel is None or not is_supported(kind, method, norms=recorder.norms):
+                result = next_fun(*args, **kwargs)
+                recorder.other(parameters, why_not_supported(kind, norms=recorder.norms))
+                return result
+            x = input_of(args, kwargs)
+            if not hasattr(x, "shape"):  # no array
                 return next_fun(*args, **kwargs)
+            captured = captured_input(kind, method, module, x, parameters)
+            if is_norm(kind):
+                state = {name: v for name, v in module.variables.items() if name != "params"}
+                x = normalised(kind, module, args, kwargs, state, captured.dtype)
             return recorder.layer(
                 lambda: next_fun(*args, **kwargs),
                 x,
                 parameters,
                 kernel,
-                lambda y: describe(kind, module, x, y, kernel),
-                input_dtype(kind, module, x, parameters),
+                lambda y: describe(kind, method, module, x, y, kernel),
+                captured,
                 f"{kind.__name__} {'/'.join(module.path) or '~'}",
             )
 

@@ -85,7 +85,8 @@ def batch_plan(
     kwargs: dict[str, Any],
 ) -> Plan:
     """Traces `fn` for these arguments and holds what it finds against `layers`."""
-    trace = trace_layers(fn, params, args, kwargs)
+    norms = any(spec.kind == "norm" for spec in layers.values())
+    trace = trace_layers(fn, params, args, kwargs, norms=norms)
     findings = judge(trace, lambda path: False)
     for path, spec in layers.items():
         found = findings.specs.get(path)

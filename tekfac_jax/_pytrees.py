@@ -63,7 +63,7 @@ def captured_mask(tree: Any, layers: Layers) -> Any:
 def layer_path(key_path: tuple[Any, ...]) -> str | None:
     """The path of the layer whose kernel or bias stands at that key path, were there one."""
     *home, name = unboxed(key_path) or ("",)
-    names = ("kernel", "bias", "embedding")
+    names = ("kernel", "bias", "embedding", "scale")
     return join_path(tuple(home)) if join_path((name,)) in names else None
 
 

@@ -24,11 +24,16 @@ class Call(NamedTuple):
 
 
 class Recorder:
-    """Notes the layer calls of one trace. Changes nothing and computes nothing."""
+    """Notes the layer calls of one trace. Changes nothing and computes nothing.
 
-    def __init__(self) -> None:
+    Attributes:
+        norms: whether normalisations are layers too.
+    """
+
+    def __init__(self, norms: bool) -> None:
+        self.norms = norms
         self.calls: dict[int, Call] = {}  # by number
-        self.owners: dict[int, str] = {}  # number -> type of a module of no supported type
+        self.others: dict[int, str] = {}  # number of another module's call -> why it is no layer
         self.differentiated: set[int] = set()  # calls that the traced function differentiates
         self._numbers = itertools.count()
         self._model: int | None = None  # number of the outermost module call, while there is one
@@ -56,7 +61,7 @@ class Recorder:
         parameters: Mapping[str, Any],
         kernel: Any,
         describe: Callable[[jax.Array], LayerSpec | str],
-        dtype: Any,
+        captured: jax.ShapeDtypeStruct,
         name: str,
     ) -> jax.Array:
         """Makes the call of a supported layer inside a call of `module`; returns its output.
@@ -67,7 +72,7 @@ class Recorder:
             parameters: the layer's own.
             kernel: the one of them that is multiplied.
             describe: from the output to the spec, or to the reason why there is none.
-            dtype: in which the input is captured.
+            captured: shape and dtype in which the input is captured.
             name: for messages.
         """
         number = next(self._numbers)
@@ -79,17 +84,17 @@ class Recorder:
         assert self._model is not None
         self.calls[number] = Call(
             describe(y),
-            jax.eval_shape(lambda x: x.astype(dtype), x),
+            captured,
             jax.eval_shape(lambda y: y, y),
             self._model,
             name,
         )
         return y
 
-    def other(self, parameters: Mapping[str, Any], type_name: str) -> None:
-        """Notes the parameters of a module of no supported type."""
+    def other(self, parameters: Mapping[str, Any], why: str) -> None:
+        """Notes the parameters of a module that is no supported layer, and why it is none."""
         number = next(self._numbers)
-        self.owners[number] = type_name
+        self.others[number] = why
         for key, value in parameters.items():
             if hasattr(value, "shape"):
                 self._mark(value, number, "other_" + _word(key))

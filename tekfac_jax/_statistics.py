@@ -118,6 +118,13 @@ def rescaling(
     return jnp.sum(g**2, axis=-2)
 
 
+def gradient(
+    a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
+) -> Float[Array, "*lead i o"]:
+    """Σ_n G_n itself."""
+    return jnp.einsum("...nti,...nto->...io", a, u, precision=HIGHEST)
+
+
 def sum_over_examples(
     contract: Contraction,
     spec: LayerSpec,
@@ -139,11 +146,14 @@ def sum_over_examples(
     """
     batch = len(spec.stack)  # the axis of the examples
 
+    def scaled(capture: Capture) -> Capture:
+        return Capture(capture.a, capture.u.astype(dtype) * scale.astype(dtype))
+
     def partial_sum(chunk: Sequence[Capture]) -> Any:
-        forms = [normal_form(spec, capture, dtype) for capture in chunk]
+        forms = [normal_form(spec, scaled(capture), dtype) for capture in chunk]
         a = jnp.concatenate([a for a, _ in forms], axis=-2)
         u = jnp.concatenate([u for _, u in forms], axis=-2)
-        return contract(a, u * scale.astype(dtype))
+        return contract(a, u)
 
     n = captures[0].u.shape[batch]
     size = min(n, _chunk_size(spec, captures))
@@ -177,7 +187,7 @@ def _chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
     positions = sum(c.u.size for c in captures) // (layers * n * spec.out_dim)
     if positions == 1:
         return n
-    if spec.kind == "embed":  # G_n only in the rows that an example names
+    if spec.kind == "embed" and not spec.attended:  # G_n only in the rows that an example names
         numbers = positions * (positions + spec.out_dim)
     else:
         numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim

@@ -37,15 +37,23 @@ class Trace(NamedTuple):
 
 
 def trace_layers(
-    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: Callable[..., Any],
+    params: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    norms: bool,
 ) -> Trace:
-    """Traces ``fn(params, *args, **kwargs)`` without arithmetic and notes each layer call."""
+    """Traces ``fn(params, *args, **kwargs)`` without arithmetic and notes each layer call.
+
+    With `norms` normalisations are layers too.
+    """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     paths = [unboxed(path) for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     others, others_treedef = jax.tree.flatten((args, kwargs))
     is_array = [_is_traced(leaf) for leaf in others]
-    recorder = Recorder()
+    recorder = Recorder(norms)
     output: list[Any] = []
 
     def traced(leaves: list[Any], arrays: list[Any]) -> Any:

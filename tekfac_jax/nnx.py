@@ -19,8 +19,17 @@ from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
 from tekfac_jax import _capture
-from tekfac_jax._capture import Divisor
-from tekfac_jax._flax_layers import describe, input_dtype, kernel_of
+from tekfac_jax._capture import Divisor, Norm
+from tekfac_jax._flax_layers import (
+    captured_input,
+    describe,
+    input_of,
+    is_norm,
+    is_supported,
+    kernel_of,
+    normalised,
+    why_not_supported,
+)
 from tekfac_jax._judge import Skip
 from tekfac_jax._layers import Layers
 from tekfac_jax._record import current_recorder
@@ -35,11 +44,20 @@ _LINEN: dict[type, type] = {
     nnx.Conv: nn.Conv,
     nnx.ConvTranspose: nn.ConvTranspose,
     nnx.Embed: nn.Embed,
+    nnx.LayerNorm: nn.LayerNorm,
+    nnx.RMSNorm: nn.RMSNorm,
+    nnx.GroupNorm: nn.GroupNorm,
+    nnx.BatchNorm: nn.BatchNorm,
 }
 
 
 def find_layers(
-    loss_fn: Callable[..., Any], model: nnx.Module, *args: Any, skip: Skip = None, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    model: nnx.Module,
+    *args: Any,
+    skip: Skip = None,
+    norm: Norm = "fallback",
+    **kwargs: Any,
 ) -> Layers:
     """Finds the layers of an nnx module whose curvature can be captured exactly.
 
@@ -49,6 +67,7 @@ def find_layers(
         *args: the other arguments, arrays or static.
         skip: regular expression searched in the layer's path, or predicate on it; layers that
             match are left out.
+        norm: as in `tekfac_jax.find_layers`.
         **kwargs: keyword arguments of `loss_fn`.
 
     Returns:
@@ -71,7 +90,9 @@ def find_layers(
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     fn = _of_parameters(loss_fn, graph, params)
-    return _capture.find_layers(fn, nnx.as_pure(params), rest, *args, skip=skip, **kwargs)
+    return _capture.find_layers(
+        fn, nnx.as_pure(params), rest, *args, skip=skip, norm=norm, **kwargs
+    )
 
 
 def value_grad_and_stats(
@@ -156,33 +177,52 @@ def _of_parameters(
 def _telling(kind: type) -> type:
     """A subclass whose calls tell the recorder of the trace, where there is one."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = current_recorder()
-        original = functools.partial(kind.__call__, self, *args, **kwargs)
-        if recorder is None:
-            return original()
-        parameters = {
-            name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)
-        }
-        with recorder.module((args, kwargs, parameters)):
-            x = args[0] if args else kwargs.get("inputs")
-            if kind not in _LINEN or not hasattr(x, "shape"):
-                result = original()
-                recorder.other(parameters, kind.__name__)
-                return result
-            linen, module = _LINEN[kind], _as_linen(self)
-            kernel = kernel_of(linen, parameters)
-            return recorder.layer(
-                original,
-                x,
-                parameters,
-                kernel,
-                lambda y: describe(linen, module, x, y, kernel),
-                input_dtype(linen, module, x, parameters),
-                kind.__name__,
-            )
+    def telling(method: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _tell(kind, method, self, args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+        return call
+
+    methods = [name for name in ("__call__", "attend") if hasattr(kind, name)]
+    body = {name: telling(name) for name in methods}
+    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})
+
+
+def _tell(
+    kind: type, method: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Makes the call, and tells of it."""
+    recorder = current_recorder()
+    original = functools.partial(getattr(kind, method), module, *args, **kwargs)
+    if recorder is None:
+        return original()
+    variables = {n: v for n, v in vars(module).items() if isinstance(v, nnx.Variable)}
+    parameters = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.Param)}
+    with recorder.module((args, kwargs, parameters)):
+        linen = _LINEN.get(kind, kind)
+        kernel = kernel_of(linen, parameters)
+        if kernel is None or not is_supported(linen, method, norms=recorder.norms):
+            result = original()
+            recorder.other(parameters, why_not_supported(linen, norms=recorder.norms))
+            return result
+        x = input_of(args, kwargs)
+        if not hasattr(x, "shape"):
+            return original()
+        like = _as_linen(module)
+        captured = captured_input(linen, method, like, x, parameters)
+        if is_norm(linen):
+            stats = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.BatchStat)}
+            state = {"batch_stats": stats} if stats else {}
+            x = normalised(linen, like, args, kwargs, state, captured.dtype)
+        return recorder.layer(
+            original,
+            x,
+            parameters,
+            kernel,
+            lambda y: describe(linen, method, like, x, y, kernel),
+            captured,
+            kind.__name__,
+        )
 
 
 # What nnx has as a default where linen has None, or another function of the same name.
@@ -205,6 +245,8 @@ def _as_linen(module: Any) -> Any:
     if module.promote_dtype is nnx_dtypes.promote_dtype:
         attributes["promote_dtype"] = linen_dtypes.promote_dtype
     attributes["use_bias"] = getattr(module, "bias", None) is not None
+    if "num_groups" in attributes:  # nnx keeps both, linen takes one
+        attributes["group_size"] = None
     attributes["batch_dims"] = tuple(attributes.get("batch_axis", ()))
     if attributes.get("einsum_op") is not None:
         attributes["promote_dtype"] = None  # it computes something else

@@ -67,7 +67,7 @@ def captured_gradients(layers, stats) -> dict[str, jax.Array]:
         total: Any = 0.0
         for capture in stats.layers[path]:
             a, u = normal_form(spec, capture, stats.scale.dtype)
-            if spec.kind == "embed":
+            if spec.kind == "embed" and not spec.attended:
                 a = jax.nn.one_hot(a[..., 0].astype(int), spec.in_dim, dtype=u.dtype)
             total += jnp.einsum("...nti,...nto->n...io", a, u) * stats.scale
         gradients[path] = total

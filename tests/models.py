@@ -140,7 +140,7 @@ MODELS = {
     "MLP-Mixer": (mixer, IMAGES, "LayerNorm"),
     "U-Net": (unet, IMAGES, None),
     "decoder-only transformer, scan and remat": (decoder, SENTENCES, "LayerNorm"),
-    "the same with tied embeddings": (tied_decoder, SENTENCES, "LayerNorm|tied"),
+    "the same with tied embeddings": (tied_decoder, SENTENCES, "LayerNorm"),
     "LSTM language model": (lstm, SENTENCES, None),
     "ensemble by vmap": (ensemble, (6, 4), None),
 }

@@ -16,7 +16,11 @@ from tests.oracles import SCALE_BY, relative
 
 EXACT = 1e-12
 ROWS, WIDTH = 7, 4
-every_case = pytest.mark.parametrize("name", ["words", "sentences", "pages", "ensemble"])
+SHAPES = {
+    "words": (9,), "sentences": (6, 5), "pages": (5, 2, 3), "ensemble": (6, 4),
+    "tied": (6, 5), "tied words": (9,), "tied ensemble": (6, 4), "head alone": (6, 3),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("name", SHAPES)
 every_sibling = pytest.mark.parametrize("sibling", SCALE_BY)
 
 
@@ -31,13 +35,29 @@ class Reader(nn.Module):
         return nn.Dense(3, name="head")((x * weights[:, None]).sum(axis=1))
 
 
-class Readers(nn.Module):
-    """Two readers with tables of their own."""
+class Writer(nn.Module):
+    """The table is read, unless it is a head alone, and attended: scores for each row."""
+
+    reads: bool = True
+
+    @nn.compact
+    def __call__(self, ids):
+        table = nn.Embed(ROWS, WIDTH, name="words")
+        dtype = jnp.result_type(float)
+        x = table(ids) if self.reads else jax.nn.one_hot(ids, WIDTH, dtype=dtype)
+        x = jnp.tanh(nn.Dense(WIDTH, name="inner")(jnp.tanh(x**2 + 0.3)))
+        return table.attend(x)
+
+
+class Several(nn.Module):
+    """Two networks with tables of their own."""
+
+    kind: type
 
     @nn.compact
     def __call__(self, ids):
         both = nn.vmap(
-            Reader, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
+            self.kind, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None,
             axis_size=2,
         )  # fmt: skip
         return both(name="both")(ids).sum(axis=0)
@@ -47,9 +67,12 @@ class Case:
     """A network of one embedding that is looked at, and G_n of it: [N, *lead, rows, width]."""
 
     def __init__(self, name):
-        shape = {"words": (9,), "sentences": (6, 5), "pages": (5, 2, 3), "ensemble": (6, 4)}[name]
-        self.model: nn.Module = Readers() if name == "ensemble" else Reader()
-        self.path = "both/words" if name == "ensemble" else "words"
+        shape = SHAPES[name]
+        kind = Writer if "tied" in name else Reader
+        self.model: nn.Module = Several(kind) if "ensemble" in name else kind()
+        if name == "head alone":
+            self.model = Writer(reads=False)
+        self.path = "both/words" if "ensemble" in name else "words"
         # Row 6 is never named, 0 often, and twice in one example.
         self.ids = np.random.default_rng(0).integers(0, ROWS - 1, shape) % 4
         self.ids[-1] = 5
@@ -74,6 +97,27 @@ class Case:
         grads = jax.vmap(jax.grad(one), in_axes=(None, 0))(self.params, self.ids)
         return np.asarray(self.table(grads))
 
+    def plain_factors(self):
+        """KFAC's A (diagonal) and U: what each row met, what each column met, use by use.
+
+        Where the table is read the row meets a 1 and the columns the gradient; where it is
+        attended the row meets the gradient of its score, the columns the query.
+        """
+        _, _, stats = tekfac.value_grad_and_stats(self.loss, self.layers)(self.params, self.ids)
+        lead, n = self.layers[self.path].lead, len(self.ids)
+        phi, psi, positions = 0.0, 0.0, 0
+        for a, u in stats.layers[self.path]:
+            u = np.asarray(u) * float(stats.scale)
+            if u.shape[-1] == WIDTH:
+                rows, columns = np.eye(ROWS)[np.asarray(a).astype(int)], u
+            else:
+                rows, columns = u, np.asarray(a)
+            rows, columns = (v.reshape(*lead, -1, v.shape[-1]) for v in (rows, columns))
+            phi = phi + (rows**2).sum(axis=-2) / n
+            psi = psi + np.einsum("...ti,...tj->...ij", columns, columns) / n
+            positions += rows.shape[-2] // n
+        return phi, psi / positions
+
     def update(self, sibling="tekfac", layers=None, **options):
         """One update: the table's direction, its gradient, and its curvature."""
         layers = self.layers if layers is None else layers
@@ -92,6 +136,9 @@ class Case:
 def test_embeddings_are_captured(name):
     case = Case(name)
     assert case.layers[case.path].kind == "embed"
+    assert case.layers[case.path].attended == (
+        name not in ("words", "sentences", "pages", "ensemble")
+    )
     assert not case.layers.uncovered
     errors = tekfac.check_capture(case.loss, case.layers, case.params, case.ids)
     assert max(errors.values()) <= EXACT
@@ -115,7 +162,17 @@ def test_curvature_is_that_of_the_dense_gradients(name, sibling):
         assert relative(actual.psi, psi / delta[..., None, None]) <= EXACT
         product = delta[..., None, None]
     else:
-        counts = np.bincount(case.ids.ravel(), minlength=ROWS) / case.ids.size
+        if case.layers[case.path].attended:  # A and U are held against the oracle below
+            phi, psi = case.plain_factors()
+            counts = phi / phi.sum(axis=-1, keepdims=True)
+            assert (
+                relative(actual.psi, psi / np.trace(psi, axis1=-2, axis2=-1)[..., None, None])
+                <= EXACT
+            )
+            total = phi.sum(axis=-1) * np.trace(psi, axis1=-2, axis2=-1)
+            assert relative(actual.delta, total) <= EXACT
+        else:
+            counts = np.bincount(case.ids.ravel(), minlength=ROWS) / case.ids.size
         assert relative(actual.phi, np.broadcast_to(counts, actual.phi.shape)) <= EXACT
         product = np.asarray(actual.delta)[..., None, None]
     if sibling in ("tekfac", "ekfac"):
@@ -152,13 +209,16 @@ def test_trace_is_that_of_the_fisher(name):
     assert relative(curvature.theta.sum(axis=(-2, -1)), trace) <= EXACT
     if name == "words":
         assert relative(curvature.delta, trace) <= EXACT
+    elif "tied" in name:  # a position that is read and one that is attended
+        assert relative(curvature.delta, trace) > 1e-3
     else:
         assert relative(curvature.delta, trace) > 1e-3
 
 
 @x64
-def test_rows_may_be_counted_from_the_end():
-    case = Case("sentences")
+@pytest.mark.parametrize("name", ["sentences", "tied"])
+def test_rows_may_be_counted_from_the_end(name):
+    case = Case(name)
     _, _, expected = case.update()
     case.ids[0] -= ROWS
     _, _, actual = case.update()
@@ -209,6 +269,30 @@ def test_training_with_momentum_and_clip():
     assert len(labels) == len(tekfac.diagnostics(state))
     unnamed = np.asarray(case.table(updates))[ROWS - 1]
     assert not unnamed.any()
+
+
+@x64
+@pytest.mark.parametrize("name", ["tied", "tied ensemble", "head alone"])
+def test_reduced_statistics_of_a_tied_table(name):
+    """Both uses add up as the gradient of an example before anything is squared."""
+    case = Case(name)
+    tx = tekfac.scale_by_tekfac(case.layers, factor_interval=1, rescaling_interval=1)
+
+    @jax.jit
+    def run(params, ids):
+        fn = tekfac.value_grad_and_stats(case.loss, case.layers, mode="reduced")
+        state = tx.init(params)
+        for _ in range(2):
+            _, grads, stats = fn(params, ids, opt_state=state)
+            _, state = tx.update(grads, state, params, stats=stats)
+        return state
+
+    found = tekfac.curvature(run(case.params, case.ids))[case.path]
+    _, _, expected = case.update()
+    for one, other in zip(found, expected, strict=True):
+        if one is not None and one.ndim != found.q_psi.ndim:
+            assert relative(one, other) <= 1e-10
+    assert relative(found.theta.sum(), expected.theta.sum()) <= 1e-10
 
 
 @x64

@@ -177,7 +177,7 @@ class Odd(nnx.Module):
 
     def __call__(self, x):
         x = self.plain(x) + self.tied(jnp.asarray(x[:, 0] > 0, jnp.int32))
-        return self.tied.attend(self.sub(x) @ self.free[...])
+        return (self.sub(x) @ self.free[...]) @ self.tied.embedding[...].T
 
 
 def test_what_is_not_covered_is_listed():
