@@ -14,16 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from tekfac_jax._contract import Factors
+from tekfac_jax._gather import Gatherer, Mode, gathering_function
 from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
-from tekfac_jax._layers import Layers, Statistics
+from tekfac_jax._layers import Layers
 from tekfac_jax._options import check_choice, check_number
-from tekfac_jax._plan import Captures, Plan, batch_plan, common_batch_size
-from tekfac_jax._reduced import Reduction
-from tekfac_jax._state import bases_in
+from tekfac_jax._plan import Captures, batch_plan, check_layers, common_batch_size
 from tekfac_jax._trace import trace_layers
 
 Divisor = Literal["mean", "sum"] | float | jax.Array
-Mode = Literal["raw", "reduced"]
 Norm = Literal["fallback", "unitwise"]
 
 
@@ -145,15 +143,11 @@ def value_grad_and_stats(
         >>> stats.layers["~"][0].u.shape
         (8, 3)
     """
-    _check_layers(layers)
+    check_layers(layers)
     _check_reduction(reduction)
     check_number("loss_scale", loss_scale, 0, math.inf, "1.0 is no scale", open_low=True)
-    check_choice("mode", mode, get_args(Mode))
-    check_choice("factors", factors, get_args(Factors))
 
-    def plan_and_scale(
-        params: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Plan, jax.Array]:
+    def gather(gatherer: Gatherer, params: Any, args: Any, kwargs: Any) -> Any:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
         _check_scalar(plan.trace.output, has_aux)
         dtype = jnp.result_type(float)
@@ -161,26 +155,12 @@ def value_grad_and_stats(
             divisor: Any = plan.batch_size if reduction == "mean" else 1
         else:
             divisor = reduction
-        return plan, jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
+        gathering = gatherer(plan, jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype))
+        grad_fn = jax.value_and_grad(gathering.run, argnums=(0, 1), has_aux=has_aux)
+        value, (grads, found) = grad_fn(params, gathering.slots())
+        return value, grads, gathering.finish(found)
 
-    def raw(params: Any, *args: Any, **kwargs: Any) -> Any:
-        plan, scale = plan_and_scale(params, args, kwargs)
-        grad_fn = jax.value_and_grad(plan.run, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, captures) = grad_fn(params, plan.slots())
-        examples = jnp.full_like(scale, plan.batch_size)
-        return value, grads, Statistics(captures, scale, examples)
-
-    def reduced(
-        params: Any, *args: Any, opt_state: Any = None, when: Any = True, **kwargs: Any
-    ) -> Any:
-        plan, scale = plan_and_scale(params, args, kwargs)
-        bases = None if opt_state is None else bases_in(opt_state, layers)
-        reduction = Reduction(plan, layers, factors, bases, scale, jnp.asarray(when, bool))
-        grad_fn = jax.value_and_grad(reduction.run, argnums=(0, 1), has_aux=has_aux)
-        value, (grads, found) = grad_fn(params, reduction.slots())
-        return value, grads, reduction.finish(found)
-
-    return raw if mode == "raw" else reduced
+    return gathering_function(gather, layers, mode, factors)
 
 
 def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
@@ -213,7 +193,7 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
         >>> captures["~"][0].a.shape
         (8, 5)
     """
-    _check_layers(layers)
+    check_layers(layers)
 
     def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
         return batch_plan(loss_fn, layers, params, args, kwargs).run(params, slots)
@@ -242,16 +222,11 @@ def make_slots(
 
     Example: see `tap`.
     """
-    _check_layers(layers)
+    check_layers(layers)
     return batch_plan(loss_fn, layers, params, args, kwargs).slots()
 
 
 # --- checks ----------------------------------------------------------------------------------
-
-
-def _check_layers(layers: Any) -> None:
-    if not isinstance(layers, Layers):
-        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
 
 
 def _check_reduction(reduction: Any) -> None:

@@ -9,9 +9,11 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._layers import Layers, LayerSpec, Statistics
+from tekfac_jax._contract import Factors
+from tekfac_jax._gather import Gatherer, Mode, gathering_function
+from tekfac_jax._layers import Layers, LayerSpec
 from tekfac_jax._options import check_choice, check_number
-from tekfac_jax._plan import batch_plan
+from tekfac_jax._plan import batch_plan, check_layers
 
 Estimator = Literal["sampled", "exact"]
 
@@ -108,6 +110,8 @@ def fisher_stats(
     likelihood: Likelihood,
     estimator: Estimator = "sampled",
     has_aux: bool = False,
+    mode: Mode = "raw",
+    factors: Factors = "exact",
 ) -> Callable[..., Any]:
     """Curvature statistics from labels that the model itself predicts.
 
@@ -123,13 +127,17 @@ def fisher_stats(
             ``"exact"``: the expectation over labels, one backward pass for each column, all held
             in memory: for tests and small problems.
         has_aux: whether `predict_fn` returns ``(outputs, aux)``.
+        mode: ``"raw"`` or, with sampled labels, ``"reduced"``, as in `value_grad_and_stats`.
+        factors: with ``mode="reduced"``, which factors, as in `value_grad_and_stats`.
 
     Returns:
         Function of (params, *args, key=None, **kwargs) that returns `stats`, or
-        ``(aux, stats)``. `key` is a JAX random key, needed for ``"sampled"`` only.
+        ``(aux, stats)``. `key` is a JAX random key, needed for ``"sampled"`` only. With
+        ``mode="reduced"`` it takes ``opt_state=`` and ``when=`` too, as in `value_grad_and_stats`.
 
     Raises:
-        ValueError: unknown estimator; a likelihood without `fisher_root` for ``"exact"``; when
+        ValueError: unknown estimator, mode or factors; reduced statistics of the exact estimator;
+            a likelihood without `fisher_root` for ``"exact"``; when
             called: no key for ``"sampled"``, or as in `value_grad_and_stats`.
 
     Example:
@@ -144,6 +152,7 @@ def fisher_stats(
         >>> stats_fn(params, x, key=jax.random.key(1)).layers["~"][0].u.shape
         (8, 3)
     """
+    check_layers(layers)
     check_choice("estimator", estimator, ("sampled", "exact"))
     if estimator == "exact" and not hasattr(likelihood, "fisher_root"):
         raise ValueError(
@@ -151,30 +160,37 @@ def fisher_stats(
             'not; use estimator="sampled"'
         )
 
-    def wrapped(params: Any, *args: Any, key: jax.Array | None = None, **kwargs: Any) -> Any:
+    if estimator == "exact" and mode == "reduced":
+        raise ValueError(
+            'mode="reduced" needs estimator="sampled": the exact one holds a capture for each '
+            "column of the Fisher root anyway"
+        )
+
+    def gather(gatherer: Gatherer, params: Any, args: Any, kwargs: Any) -> Any:
+        key = kwargs.pop("key", None)
         if estimator == "sampled" and key is None:
             raise ValueError('estimator="sampled" draws labels: pass key=jax.random.key(...)')
         model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
-        outputs_of = functools.partial(plan.run, params)
-        outputs, pull_back, *aux = jax.vjp(outputs_of, plan.slots(), has_aux=has_aux)
+        size = jnp.asarray(plan.batch_size, jnp.result_type(float))
+        gathering = gatherer(plan, size)
+        outputs_of = functools.partial(gathering.run, params)
+        outputs, pull_back, *aux = jax.vjp(outputs_of, gathering.slots(), has_aux=has_aux)
         if estimator == "sampled":
             targets = model.sample(key, outputs)
             u = jax.grad(lambda s: jnp.sum(model.neg_log_prob(s, targets)))(outputs)
-            (captures,) = pull_back(u / plan.batch_size)
+            (found,) = pull_back(u / plan.batch_size)
         else:
             root = model.fisher_root(outputs).astype(outputs.dtype)
-            (captures,) = jax.vmap(pull_back)(root / plan.batch_size)
-            captures = {
-                path: jax.tree.map(functools.partial(_columns_as_examples, spec), captures[path])
+            (columns,) = jax.vmap(pull_back)(root / plan.batch_size)
+            found = {
+                path: jax.tree.map(functools.partial(_columns_as_examples, spec), columns[path])
                 for path, spec in layers.items()
             }
-        dtype = jnp.result_type(float)
-        size = jnp.asarray(plan.batch_size, dtype)
-        stats = Statistics(captures, scale=size, examples=size)
+        stats = gathering.finish(found)
         return (aux[0], stats) if has_aux else stats
 
-    return wrapped
+    return gathering_function(gather, layers, mode, factors)
 
 
 def _columns_as_examples(spec: LayerSpec, x: jax.Array) -> jax.Array:

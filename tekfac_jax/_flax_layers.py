@@ -222,7 +222,7 @@ def captured_input(
         dtype = dtypes.canonicalize_dtype(x, *parameters.values(), dtype=module.dtype)
         # Normalisations compute in at least float32, and round what they return.
         dtype = at_least_float32(dtype) if kind in _NORMS else dtype
-    return jax.ShapeDtypeStruct(x.shape, dtype)
+    return jax.eval_shape(lambda x: x.astype(dtype), x)
 
 
 def normalised(
@@ -255,7 +255,7 @@ def why_not_supported(kind: type, *, norms: bool) -> str:
     if kind in _NORMS and norms:
         return f"{kind.__name__} without a scale is not supported"
     if kind in _NORMS:
-        return f'{kind.__name__}, left to the fallback: norm="unitwise" covers its scale and bias'
+        return f'{kind.__name__}, for the fallback (norm="unitwise" covers it)'
     return f"{kind.__name__} is not a supported layer"
 
 

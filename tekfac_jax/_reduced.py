@@ -127,8 +127,9 @@ class Reduction(NamedTuple):
         """
         captures = self.plan.slots()
         return {
-            path: captures[path] if self.plan.call_of(path) is None else self._zeros(spec)
+            path: captures[path] if use is None else self._zeros(spec, use.call.output)
             for path, spec in self.specs.items()
+            for use in [self.plan.call_of(path)]
         }
 
     def run(self, params: Any, slots: Mapping[str, Any]) -> Any:
@@ -158,11 +159,14 @@ class Reduction(NamedTuple):
     def _basis(self, path: str) -> Basis | None:
         return self.bases[path] if self.bases else None
 
-    def _zeros(self, spec: LayerSpec) -> Reduced:
+    def _zeros(self, spec: LayerSpec, output: jax.ShapeDtypeStruct) -> Reduced:
         i, o, dtype = spec.in_dim, spec.out_dim, at_least_float32(spec.dtype)
 
         def zeros(*shape: int) -> jax.Array:
-            return jnp.zeros((*spec.lead, *shape), dtype)
+            def like(output: jax.Array) -> jax.Array:
+                return jnp.broadcast_to(output.ravel()[0], (*spec.lead, *shape)).astype(dtype)
+
+            return zeros_like(jax.eval_shape(like, output))
 
         phi = zeros(i, i) if spec.has_input_basis else zeros(i)
         return Reduced(phi, zeros(o, o), zeros(i, o) if self.bases else None)

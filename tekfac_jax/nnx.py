@@ -18,8 +18,10 @@ from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
-from tekfac_jax import _capture
+from tekfac_jax import _capture, _fisher
 from tekfac_jax._capture import Divisor, Norm
+from tekfac_jax._contract import Factors
+from tekfac_jax._fisher import Estimator, Likelihood
 from tekfac_jax._flax_layers import (
     captured_input,
     describe,
@@ -30,11 +32,12 @@ from tekfac_jax._flax_layers import (
     normalised,
     why_not_supported,
 )
+from tekfac_jax._gather import Mode
 from tekfac_jax._judge import Skip
 from tekfac_jax._layers import Layers
 from tekfac_jax._record import current_recorder
 
-__all__ = ["find_layers", "value_grad_and_stats"]
+__all__ = ["find_layers", "fisher_stats", "value_grad_and_stats"]
 
 # The layers that nnx shares with linen: the same attributes, and the same parameters.
 _LINEN: dict[type, type] = {
@@ -102,6 +105,8 @@ def value_grad_and_stats(
     has_aux: bool = False,
     reduction: Divisor = "mean",
     loss_scale: float | jax.Array = 1.0,
+    mode: Mode = "raw",
+    factors: Factors = "exact",
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that also returns curvature statistics.
 
@@ -111,7 +116,9 @@ def value_grad_and_stats(
         layers: from `find_layers` of this module.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
         reduction: as in `tekfac_jax.value_grad_and_stats`.
-        loss_scale: as in `tekfac_jax.value_grad_and_stats`.
+        loss_scale: as in `tekfac_jax.value_grad_and_stats`, like the two that follow.
+        mode: ``"raw"`` or ``"reduced"``; then pass ``opt_state=optimizer.opt_state``.
+        factors: which factors, with ``mode="reduced"``.
 
     Returns:
         Function of (model, *args, **kwargs) that returns ``(value, grads, stats)``, or
@@ -137,15 +144,81 @@ def value_grad_and_stats(
         True
     """
 
+    def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        capture = _capture.value_grad_and_stats(
+            fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale, mode=mode,
+            factors=factors,
+        )  # fmt: skip
+        (loss, (aux, rest)), grads, stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        return rest, ((loss, aux) if has_aux else loss, _like(params, grads), stats)
+
+    return _of_model(gather, loss_fn, has_aux)
+
+
+def fisher_stats(
+    predict_fn: Callable[..., Any],
+    layers: Layers,
+    *,
+    likelihood: Likelihood,
+    estimator: Estimator = "sampled",
+    has_aux: bool = False,
+    mode: Mode = "raw",
+    factors: Factors = "exact",
+) -> Callable[..., Any]:
+    """Curvature statistics from labels that the module itself predicts.
+
+    Args:
+        predict_fn: function of (model, *args, **kwargs) that returns the outputs, such as logits.
+        layers: from `find_layers` of this module.
+        likelihood: as in `tekfac_jax.fisher_stats`, like all that follow.
+        estimator: ``"sampled"`` or ``"exact"``.
+        has_aux: whether `predict_fn` returns ``(outputs, aux)``.
+        mode: ``"raw"`` or ``"reduced"``.
+        factors: which factors, with ``mode="reduced"``.
+
+    Returns:
+        Function of (model, *args, key=None, **kwargs) that returns `stats`, or ``(aux, stats)``.
+
+    Raises:
+        ValueError: as `tekfac_jax.fisher_stats`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import tekfac_jax as tekfac, tekfac_jax.nnx
+        >>> model, x = nnx.Linear(5, 3, rngs=nnx.Rngs(0)), jnp.ones((8, 5))
+        >>> def predict_fn(model, x):
+        ...     return model(x)
+        >>> layers = tekfac.nnx.find_layers(predict_fn, model, x)
+        >>> stats_fn = tekfac.nnx.fisher_stats(predict_fn, layers, likelihood=tekfac.Categorical())
+        >>> stats_fn(model, x, key=jax.random.key(1)).layers["~"][0].u.shape
+        (8, 3)
+    """
+
+    def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
+        capture = _fisher.fisher_stats(
+            fn, layers, likelihood=likelihood, estimator=estimator, has_aux=True, mode=mode,
+            factors=factors,
+        )  # fmt: skip
+        (aux, rest), stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        return rest, (aux, stats) if has_aux else stats
+
+    return _of_model(gather, predict_fn, has_aux)
+
+
+def _of_model(
+    gather: Callable[..., Any], fn: Callable[..., Any], has_aux: bool
+) -> Callable[..., Any]:
+    """`gather` as a function of the model, whose other state it moves on."""
+
     def wrapped(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        fn = _of_parameters(loss_fn, graph, params, has_aux=has_aux)
-        capture = _capture.value_grad_and_stats(
-            fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale
-        )
-        (loss, (aux, rest)), grads, stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        if "opt_state" in kwargs:
+            kwargs["opt_state"] = nnx.as_pure(kwargs["opt_state"])
+        of_parameters = _of_parameters(fn, graph, params, has_aux=has_aux)
+        rest, result = gather(of_parameters, params, rest, args, kwargs)
         nnx.update(model, rest)
-        return ((loss, aux) if has_aux else loss), _like(params, grads), stats
+        return result
 
     return wrapped
 

@@ -14,7 +14,8 @@ import pytest
 from flax import serialization
 
 import tekfac_jax as tekfac
-from tekfac_jax import _state
+from tekfac_jax import _refresh, _state
+from tekfac_jax._eigenbasis import eigenvectors
 
 LEARNING_RATE = 0.05
 ROUNDING = 2e-4  # relative, float32, between two programs that compute the same
@@ -267,6 +268,25 @@ def test_multi_steps_accumulates():
     expected, _ = runner("scale_by_tekfac").run([(mean, stats)])
     assert_close(updates[1], expected[0])
     assert our_state(state).count == 2
+
+
+@pytest.mark.parametrize("micro_steps", [None, 3])
+def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
+    """What it costs, as the README says: the eigen work of a step on each of its micro-steps."""
+    done: list[int] = []
+
+    def counting(factor):
+        jax.debug.callback(lambda: done.append(1))
+        return eigenvectors(factor)
+
+    monkeypatch.setattr(_refresh, "eigenvectors", counting)
+    tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due on the first step of three
+    if micro_steps:
+        tx = optax.MultiSteps(tx, micro_steps)
+    Runner(tx).run(first_batches(3))
+    jax.effects_barrier()
+    factors = 2 * len(case().layers)
+    assert len(done) == factors * (micro_steps or 1)
 
 
 def test_apply_if_finite_rejects_a_step():

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,23 +21,48 @@ from tests.capturing import (
     random_params,
     relative_error,
     x64,
+    x64_standard,
 )
 
 
-def training_step(axis_name=None, mean_over=jax.lax.pmean):
-    model, x = Net(mlp), randn(6, 4)
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + jnp.tanh(nn.Dense(x.shape[-1])(nn.LayerNorm()(x))), None
+
+
+def stacked(x):
+    """Layers stacked by a scan, with remat, and a normalisation in each of them."""
+    blocks = nn.scan(
+        nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+    )
+    return nn.Dense(3)(blocks()(x, None)[0])
+
+
+def tied(x):
+    """Words, read and scored with one table."""
+    table = nn.Embed(5, 4)
+    ids = (jnp.abs(x[:, :3]) * 3).astype(jnp.int32) % 5
+    return table.attend(jnp.tanh(nn.Dense(4)(table(ids))))
+
+
+def training_step(axis_name=None, mean_over=jax.lax.pmean, build=mlp, mode="raw"):
+    model, x = Net(build), randn(6, 4)
 
     def loss(params, x):
         return losses_of(model.apply({"params": params}, x)).mean()
 
     params = random_params(model, x)
-    layers = tekfac.find_layers(loss, params, x)
+    layers = tekfac.find_layers(loss, params, x, norm="unitwise")
+    options = {"factor_interval": 1, "rescaling_interval": 1, "eigenbasis_interval": 2}
     tx = optax.chain(
-        tekfac.scale_by_tekfac(layers, eigenbasis_interval=2, axis_name=axis_name), optax.sgd(0.1)
+        tekfac.scale_by_tekfac(layers, damping=0.1, axis_name=axis_name, **options), optax.sgd(0.1)
     )
 
     def step(params, opt_state, x):
-        _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+        further = {"opt_state": opt_state} if mode == "reduced" else {}
+        fn = tekfac.value_grad_and_stats(loss, layers, mode=mode)
+        _, grads, stats = fn(params, x, **further)
         if axis_name is not None:
             grads = mean_over(grads, axis_name)
         updates, opt_state = tx.update(grads, opt_state, params, stats=stats)
@@ -91,7 +117,7 @@ def _shard_map(step, **options):
     )
 
 
-@x64
+@x64_standard
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize(
@@ -103,10 +129,12 @@ def _shard_map(step, **options):
     ],
     ids=["pmap", "shard_map", "shard_map with check_vma"],
 )
+@pytest.mark.parametrize("mode", ["raw", "reduced"])
+@pytest.mark.parametrize("build", [mlp, stacked, tied])
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
-def test_several_devices_are_one(over_devices, mean_over):
-    step, params, tx, x = training_step()
-    local_step, *_ = training_step("devices", mean_over)
+def test_several_devices_are_one(over_devices, mean_over, build, mode):
+    step, params, tx, x = training_step(build=build, mode=mode)
+    local_step, *_ = training_step("devices", mean_over, build, mode)
     state, local_params, local_state = tx.init(params), params, tx.init(params)
     run = over_devices(local_step)
     for _ in range(3):
@@ -115,9 +143,8 @@ def test_several_devices_are_one(over_devices, mean_over):
         local_params, local_state = jax.tree.map(lambda leaf: leaf[0], replicas)
         for leaf in jax.tree.leaves(replicas):
             np.testing.assert_array_equal(leaf[0], leaf[1])
-    for key in params:
-        for name in ("kernel", "bias"):
-            assert relative_error(local_params[key][name], params[key][name]) <= 1e-9
+    errors = jax.tree.map(relative_error, local_params, params)
+    assert max(jax.tree.leaves(errors)) <= 1e-9
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")

@@ -74,6 +74,37 @@ def test_sampled_labels(name):
     assert stats.examples == 5
 
 
+@x64
+def test_reduced_statistics_of_sampled_labels():
+    """The same labels, contracted in the backward pass: the sums of the raw statistics."""
+    predict, params, x, layers = fisher_case((5, 2, 4))
+    options = {"likelihood": tekfac.Categorical(), "has_aux": True}
+    tx = tekfac.scale_by_tekfac(layers, factor_interval=1, rescaling_interval=1)
+    key = jax.random.key(4)
+
+    def with_aux(params, x):
+        return predict(params, x), "aux"
+
+    def states(params, x):
+        grads = jax.tree.map(jnp.zeros_like, params)
+        raw_state = reduced_state = tx.init(params)
+        for _ in range(2):
+            aux, raw = tekfac.fisher_stats(with_aux, layers, **options)(params, x, key=key)
+            fn = tekfac.fisher_stats(with_aux, layers, mode="reduced", **options)
+            reduced_aux, reduced = fn(params, x, key=key, opt_state=reduced_state)
+            assert aux == reduced_aux == "aux"
+            _, raw_state = tx.update(grads, raw_state, stats=raw)
+            _, reduced_state = tx.update(grads, reduced_state, stats=reduced)
+        return tekfac.curvature(raw_state), tekfac.curvature(reduced_state)
+
+    for one, other in zip(*map(jax.tree.leaves, jax.jit(states)(params, x)), strict=True):
+        assert relative_error(one, other) <= EXACT
+    fn = tekfac.fisher_stats(predict, layers, likelihood=tekfac.Categorical(), mode="reduced")
+    assert fn(params, x, key=key, when=False).examples == 0
+    with pytest.raises(ValueError, match='mode="reduced" needs estimator="sampled"'):
+        tekfac.fisher_stats(predict, layers, estimator="exact", mode="reduced", **options)
+
+
 def output_fisher(likelihood, outputs):
     """Hessian of the expected −log p of one example: [outputs, outputs]."""
 

@@ -163,6 +163,77 @@ def test_recurrence_attention_and_dropout():
     assert_sums_to_gradient(layers, stats, nnx.as_pure(grads), 1e-4)
 
 
+class Tied(nnx.Module):
+    """A table that is read and attended."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Embed(7, 4, rngs=rngs)
+        self.inner = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, ids):
+        return self.table.attend(jnp.tanh(self.inner(self.table(ids))))
+
+
+def test_a_tied_table_is_captured_whole():
+    model, ids = Tied(nnx.Rngs(0)), jnp.asarray(np.random.default_rng(0).integers(0, 7, (5, 6)))
+    layers = tekfac.nnx.find_layers(nnx_loss, model, ids)
+    assert not layers.uncovered
+    assert layers["table"].attended
+    _, grads, stats = tekfac.nnx.value_grad_and_stats(nnx_loss, layers)(model, ids)
+    assert_sums_to_gradient(layers, stats, nnx.as_pure(grads), 1e-4)
+
+
+def test_reduced_statistics_are_those_of_linen():
+    """With the basis of nnx's own optimizer state."""
+    _, _, model, ids = both()
+    layers = tekfac.nnx.find_layers(nnx_loss, model, ids)
+    tx = tekfac.scale_by_tekfac(layers, damping=0.1, factor_interval=1, rescaling_interval=1)
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    raw = tekfac.nnx.value_grad_and_stats(nnx_loss, layers)
+    reduced = tekfac.nnx.value_grad_and_stats(nnx_loss, layers, mode="reduced")
+
+    @nnx.jit
+    def step(model, optimizer, ids):
+        _, grads, stats = raw(model, ids)
+        optimizer.update(model, grads, stats=stats)
+        _, grads, expected = raw(model, ids)
+        _, _, stats = reduced(model, ids, opt_state=optimizer.opt_state)
+        pure = nnx.as_pure(grads)
+        state = nnx.as_pure(optimizer.opt_state)
+        return [tx.update(pure, state, stats=s)[1] for s in (stats, expected)]
+
+    found, expected = map(tekfac.curvature, step(model, optimizer, ids))
+    for path in layers:
+        for field in ("delta", "phi", "psi"):
+            one, other = (getattr(side[path], field) for side in (found, expected))
+            assert relative_error(one, other) <= SINGLE, (path, field)
+        one, other = (side[path].theta.sum() for side in (found, expected))
+        assert relative_error(one, other) <= 1e-4, path
+
+
+def test_fisher_statistics_are_those_of_linen():
+    linen, variables, model, ids = both()
+    rest = {"batch_stats": variables["batch_stats"]}
+
+    def linen_predict(params, ids):
+        return linen.apply({"params": params, **rest}, ids, mutable=["batch_stats"])[0]
+
+    options = {"likelihood": tekfac.Categorical()}
+    key = jax.random.key(3)
+    layers = tekfac.find_layers(linen_predict, variables["params"], ids)
+    expected = tekfac.fisher_stats(linen_predict, layers, **options)(
+        variables["params"], ids, key=key
+    )
+    nnx_layers = tekfac.nnx.find_layers(lambda model, ids: model(ids), model, ids)
+    fn = nnx.jit(tekfac.nnx.fisher_stats(lambda model, ids: model(ids), nnx_layers, **options))
+    before = model.norm.mean[...]
+    found = fn(model, ids, key=key)
+    assert relative_error(model.norm.mean[...], before) > 1e-3  # the model's averages moved on
+    for path in layers:
+        for one, other in zip(found.layers[path], expected.layers[path], strict=True):
+            assert relative_error(one.u, other.u) <= 1e-4, path
+
+
 class Odd(nnx.Module):
     """Beside a plain layer one that is tied, one of its own kind, and a subclass."""
 

@@ -467,3 +467,26 @@ def test_penalties_do_not_uncover_a_layer(name):
     expected = jax.grad(loss)(params, x, coefficient)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         assert relative_error(a, b) <= EXACT
+
+
+def test_spectral_normalisation_is_listed():
+    """Its kernel is divided by an estimate of its largest singular value."""
+
+    class Spectral(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="first")(x)
+            return nn.SpectralNorm(nn.Dense(4, name="odd"), name="norm")(x, update_stats=False)
+
+    model, x = Spectral(), randn(5, 4)
+    variables = model.init(jax.random.key(0), x)
+
+    def loss(params, x):
+        outputs = model.apply({"params": params, "batch_stats": variables["batch_stats"]}, x)
+        return losses_of(outputs).mean()
+
+    layers = tekfac.find_layers(loss, variables["params"], x)
+    assert set(layers) == {"first"}
+    reasons = dict(layers.uncovered)
+    assert re.search("computed|no supported", reasons["odd/kernel"])
+    assert "odd/bias" in reasons

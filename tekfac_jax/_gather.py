@@ -1,0 +1,70 @@
+"""What the statistics of a function come as: raw, or contracted in the backward pass."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from tekfac_jax._contract import Factors
+from tekfac_jax._layers import Layers, Statistics
+from tekfac_jax._options import check_choice
+from tekfac_jax._plan import Captures, Plan
+from tekfac_jax._reduced import Reduction
+from tekfac_jax._state import bases_in
+
+Mode = Literal["raw", "reduced"]
+
+
+class Raw(NamedTuple):
+    """Keeps every capture as it is; the counterpart of `Reduction`."""
+
+    plan: Plan
+    scale: jax.Array  # what u is multiplied by to become the gradient of the summed loss
+
+    def slots(self) -> Captures:
+        return self.plan.slots()
+
+    def run(self, params: Any, slots: Captures) -> Any:
+        return self.plan.run(params, slots)
+
+    def finish(self, found: Captures) -> Statistics:
+        """Statistics from what the slots received."""
+        return Statistics(found, self.scale, jnp.full_like(self.scale, self.plan.batch_size))
+
+
+# From a plan and the scale of the loss to what runs the function and finishes its statistics.
+Gatherer = Callable[[Plan, jax.Array], Raw | Reduction]
+
+
+def gathering_function(
+    gather: Callable[[Gatherer, Any, Any, Any], Any], layers: Layers, mode: Mode, factors: Factors
+) -> Callable[..., Any]:
+    """A function of (params, *args, **kwargs); reduced statistics take two further arguments.
+
+    Args:
+        gather: from what gathers statistics, params, args and kwargs to the result.
+        layers: from `find_layers`.
+        mode: ``"raw"`` or ``"reduced"``.
+        factors: of reduced statistics.
+
+    Raises:
+        ValueError: unknown `mode` or `factors`.
+    """
+    check_choice("mode", mode, get_args(Mode))
+    check_choice("factors", factors, get_args(Factors))
+
+    def raw(params: Any, *args: Any, **kwargs: Any) -> Any:
+        return gather(Raw, params, args, kwargs)
+
+    def reduced(
+        params: Any, *args: Any, opt_state: Any = None, when: Any = True, **kwargs: Any
+    ) -> Any:
+        bases = None if opt_state is None else bases_in(opt_state, layers)
+
+        def reduction(plan: Plan, scale: jax.Array) -> Reduction:
+            return Reduction(plan, layers, factors, bases, scale, jnp.asarray(when, bool))
+
+        return gather(reduction, params, args, kwargs)
+
+    return raw if mode == "raw" else reduced
