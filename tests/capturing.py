@@ -69,7 +69,12 @@ def captured_gradients(layers, stats) -> dict[str, jax.Array]:
             a, u = normal_form(spec, capture, stats.scale.dtype)
             if spec.kind == "embed" and not spec.attended:
                 a = jax.nn.one_hot(a[..., 0].astype(int), spec.in_dim, dtype=u.dtype)
-            total += jnp.einsum("...nti,...nto->n...io", a, u) * stats.scale
+            if spec.kind == "norm":
+                pair = [(a * u).sum(axis=-2), u.sum(axis=-2)][: spec.in_dim]
+                g = jnp.moveaxis(jnp.stack(pair, axis=-1)[..., None], len(spec.stack), 0)
+            else:
+                g = jnp.einsum("...nti,...nto->n...io", a, u)
+            total += g * stats.scale
         gradients[path] = total
     return gradients
 
@@ -83,7 +88,7 @@ def assert_sums_to_gradient(layers, stats, grads, tolerance=EXACT, divisor=None)
         assert error <= tolerance, f"{path}: {error}"
 
 
-def assert_exact(losses, params, x, tolerance=EXACT):
+def assert_exact(losses, params, x, tolerance=EXACT, **options):
     """Captures are the per-example gradients of `losses`; returns the layers."""
 
     def loss(params, x):
@@ -93,7 +98,7 @@ def assert_exact(losses, params, x, tolerance=EXACT):
         grads = jax.grad(lambda params: losses(params, x[None])[0])(params)
         return gather_matrices(grads, layers)
 
-    layers = tekfac.find_layers(loss, params, x)
+    layers = tekfac.find_layers(loss, params, x, **options)
 
     @jax.jit  # one program for all: most of the time goes into compilation
     def everything(params, x):

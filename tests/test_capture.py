@@ -515,20 +515,21 @@ def test_other_arguments_that_stay_static(flag):
     assert_sums_to_gradient(layers, stats, grads, SINGLE)
 
 
+@pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("half", ["compute", "params", "both", "cast in the loss"])
-def test_half_precision(half):
-    dtype = jnp.bfloat16 if half in ("compute", "both") else None
+def test_half_precision(half, narrow):
+    dtype = narrow if half in ("compute", "both") else None
     model = Net(lambda x: nn.Dense(3, dtype=dtype)(jnp.tanh(nn.Dense(4, dtype=dtype)(x))))
     x = randn(5, 3, 4)
     params = random_params(model, x)
     if half in ("params", "both"):
-        params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        params = jax.tree.map(lambda p: p.astype(narrow), params)
     if half in ("params", "cast in the loss"):
-        x = x.astype(jnp.bfloat16)
+        x = x.astype(narrow)
 
     def loss(params, x):
         if half == "cast in the loss":
-            params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+            params = jax.tree.map(lambda p: p.astype(narrow), params)
         return losses_of(model.apply({"params": params}, x).astype(jnp.float32)).mean()
 
     layers = tekfac.find_layers(loss, params, x)

@@ -42,16 +42,21 @@ def case(name):
 
 
 @x64_standard
+@pytest.mark.parametrize("norm", ["fallback", "unitwise"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_layer_is_exact_or_listed(name):
+def test_every_layer_is_exact_or_listed(name, norm):
     losses, params, x, uncovered = case(name)
-    layers = tekfac.find_layers(lambda p, x: losses(p, x).mean(), params, x)
-    for path, reason in layers.uncovered:
-        assert re.search(uncovered, reason), (path, reason)
+    if norm == "unitwise":
+        if uncovered is None:
+            pytest.skip("has no normalisations")
+        uncovered = None
+    layers = tekfac.find_layers(lambda p, x: losses(p, x).mean(), params, x, norm=norm)
     if uncovered is None:
         assert not layers.uncovered
+    for path, reason in layers.uncovered:
+        assert re.search(uncovered, reason), (path, reason)
     if "BatchNorm" not in name:  # which mixes the examples
-        assert_exact(losses, params, x)
+        assert_exact(losses, params, x, norm=norm)
     errors = tekfac.check_capture(lambda p, x: losses(p, x).mean(), layers, params, x)
     assert max(errors.values()) <= EXACT
 
