@@ -15,10 +15,10 @@ def check_choice(what: str, value: str, choices: tuple[str, ...]) -> None:
         raise UsageError(f"unknown {what} {value!r}: choose from {', '.join(choices)}")
 
 
-def check_subset(subset: int | None, available: int, where: str) -> None:
-    """Raises a `DataError` unless `available` training images are enough."""
+def check_subset(subset: int | None, available: int, where: str, examples: str = "images") -> None:
+    """Raises a `DataError` unless `available` training examples are enough."""
     if subset is not None and not 1 <= subset <= available:
         raise DataError(
-            f"a subset of {subset} training images was asked for, {where} has {available}: "
+            f"a subset of {subset} training {examples} was asked for, {where} has {available}: "
             f"choose --subset from 1 to {available}"
         )
