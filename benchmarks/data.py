@@ -1,7 +1,7 @@
-"""Data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
+"""Data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100, and a book."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,22 +10,36 @@ from sklearn.model_selection import train_test_split
 
 from benchmarks.cifar import VARIANTS, read_cifar
 from benchmarks.errors import DataError, check_subset
+from benchmarks.text import read_alice
 
-__all__ = ["DATASETS", "DataError", "Dataset", "load_dataset"]
+__all__ = ["DATASETS", "DataError", "Dataset", "Examples", "load_dataset"]
 
-DATASETS = ("digits", *VARIANTS)
+Examples = Literal["images", "windows"]  # windows of a text
+
+# name -> what its examples are
+DATASETS: dict[str, Examples] = {
+    "digits": "images",
+    **dict.fromkeys(VARIANTS, "images"),
+    "alice": "windows",
+}
 _DIGITS_TEST = 360  # a fifth of the 1797 images
 
 
 class Dataset(NamedTuple):
-    """Images, standardised with mean and deviation of the whole training set, and labels."""
+    """Inputs and labels.
+
+    Images are (N, height, width, channels) in float32, standardised with mean and deviation of
+    the whole training set, and have labels (N,). Windows are (N, length) of characters as int32,
+    and their labels, (N, length), the characters that follow.
+    """
 
     name: str
-    train_images: NDArray[np.float32]  # (N, height, width, channels)
-    train_labels: NDArray[np.int32]  # (N,)
-    test_images: NDArray[np.float32]
+    train_inputs: NDArray[np.float32] | NDArray[np.int32]
+    train_labels: NDArray[np.int32]
+    test_inputs: NDArray[np.float32] | NDArray[np.int32]
     test_labels: NDArray[np.int32]
-    num_classes: int
+    num_classes: int  # of a text: how many different characters it has
+    examples: Examples = "images"
 
 
 def load_dataset(name: str, data: Path | str | None = None, subset: int | None = None) -> Dataset:
@@ -33,8 +47,9 @@ def load_dataset(name: str, data: Path | str | None = None, subset: int | None =
 
     Args:
         name: one of `DATASETS`.
-        data: directory that holds CIFAR; digits come with scikit-learn and need none.
-        subset: keep only that many training images. The order is shuffled once and for all, so
+        data: directory that holds CIFAR; digits come with scikit-learn, alice lies beside this
+            module: they need none.
+        subset: keep only that many training examples. The order is shuffled once and for all, so
             that a subset is a fair sample, and a smaller one is part of a larger one.
 
     Returns:
@@ -46,6 +61,9 @@ def load_dataset(name: str, data: Path | str | None = None, subset: int | None =
     """
     if name == "digits":
         return _digits(subset)
+    if name == "alice":
+        train, test, num_characters = read_alice(subset)
+        return Dataset(name, *train, *test, num_characters, "windows")
     if name not in VARIANTS:
         raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
     variant = VARIANTS[name]

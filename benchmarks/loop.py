@@ -76,7 +76,7 @@ class Task:
         if batch_size > len(dataset.train_labels):
             raise UsageError(
                 f"a batch of {batch_size} is more than the {len(dataset.train_labels)} training "
-                f"images: choose a smaller --batch-size or a larger --subset"
+                f"{dataset.examples}: choose a smaller --batch-size or a larger --subset"
             )
         self.dataset, self.model, self.batch_size = dataset, model, batch_size
         self.steps_per_epoch = len(dataset.train_labels) // batch_size
@@ -87,14 +87,17 @@ class Task:
 
     def initial_variables(self, seed: int) -> tuple[Any, Any]:
         """Parameters and BatchNorm averages; a new copy each time, since steps donate theirs."""
-        variables = self._init(jax.random.key(seed), self.dataset.train_images[:1])
+        variables = self._init(jax.random.key(seed), self.dataset.train_inputs[:1])
         return variables["params"], variables.get("batch_stats", {})
 
-    def loss(self, params: Any, batch_stats: Any, images: Any, labels: Any) -> tuple[Any, Any]:
-        """Mean cross-entropy in training mode, and the new BatchNorm averages."""
+    def loss(self, params: Any, batch_stats: Any, inputs: Any, labels: Any) -> tuple[Any, Any]:
+        """Mean cross-entropy in training mode, and the new BatchNorm averages.
+
+        Every label counts the same: the loss of a window is the mean over its characters.
+        """
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
-            images, train=True, mutable=["batch_stats"],
+            inputs, train=True, mutable=["batch_stats"],
         )  # fmt: skip
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), updated.get("batch_stats", {})
@@ -103,29 +106,29 @@ class Task:
         """The batches of an epoch, the same for every optimizer.
 
         A new permutation each time. What does not fill a batch is left out: another shape would
-        be another compilation, and the next epoch leaves out other images.
+        be another compilation, and the next epoch leaves out other examples.
         """
         data = self.dataset
         order = np.random.default_rng([seed, epoch]).permutation(len(data.train_labels))
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield data.train_images[chosen], data.train_labels[chosen]
+            yield data.train_inputs[chosen], data.train_labels[chosen]
 
     def evaluate(self, state: TrainState, split: str) -> tuple[float, float]:
         """Mean loss and accuracy in evaluation mode; `split` is "train" or "test"."""
-        images = getattr(self.dataset, f"{split}_images")
+        inputs = getattr(self.dataset, f"{split}_inputs")
         labels = getattr(self.dataset, f"{split}_labels")
         sums = np.zeros(2)
-        for start in range(0, len(labels), _EVALUATION_BATCH):
+        for start in range(0, len(inputs), _EVALUATION_BATCH):
             chunk = slice(start, start + _EVALUATION_BATCH)
-            padded = _pad(images[chunk], 0), _pad(labels[chunk], -1)
+            padded = _pad(inputs[chunk], 0), _pad(labels[chunk], -1)
             sums += jax.device_get(self._evaluate_batch(state.params, state.batch_stats, *padded))
-        loss, accuracy = sums / len(labels)
+        loss, accuracy = sums / labels.size
         return float(loss), float(accuracy)
 
-    def _sums(self, params: Any, batch_stats: Any, images: Any, labels: Any) -> jax.Array:
+    def _sums(self, params: Any, batch_stats: Any, inputs: Any, labels: Any) -> jax.Array:
         variables = {"params": params, "batch_stats": batch_stats}
-        logits: Any = self.model.apply(variables, images, train=False)
+        logits: Any = self.model.apply(variables, inputs, train=False)
         counted = labels >= 0
         # The label of padding, -1, picks some logit: its loss is masked like the rest of it.
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
@@ -143,7 +146,7 @@ def _pad(array: np.ndarray, value: int) -> np.ndarray:
 class Trainer:
     """An optimizer on a task: its step, compiled once for every learning rate and seed.
 
-    `compiled` is the step: (state, images, labels, learning_rate) -> (state, loss); it donates
+    `compiled` is the step: (state, inputs, labels, learning_rate) -> (state, loss); it donates
     `state`.
     """
 
@@ -171,10 +174,10 @@ class Trainer:
         return state.replace(step=jnp.zeros((), jnp.int32))
 
     def _step(
-        self, state: TrainState, images: Any, labels: Any, learning_rate: jax.Array
+        self, state: TrainState, inputs: Any, labels: Any, learning_rate: jax.Array
     ) -> tuple[TrainState, jax.Array]:
         state = state.replace(opt_state=set_learning_rate(state.opt_state, learning_rate))
-        arguments = (state.params, state.batch_stats, images, labels)
+        arguments = (state.params, state.batch_stats, inputs, labels)
         if self.layers is None:
             stats = None
             (loss, batch_stats), grads = jax.value_and_grad(self.task.loss, has_aux=True)(

@@ -1,14 +1,16 @@
-"""Networks, from small to large: a CNN for digits, ResNet20 and VGG16 for CIFAR."""
+"""Networks by name: a CNN, ResNet20 and VGG16 here, `benchmarks.transformers` beside it."""
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.data import Examples
 from benchmarks.errors import UsageError, check_choice
+from benchmarks.transformers import Transformer, ViT
 
 _conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=nn.initializers.he_normal())
 # What BatchNorm shifts away again needs no bias before it.
@@ -110,7 +112,32 @@ class VGG16(nn.Module):
         return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
 
 
-MODELS = ("cnn", "resnet20", "vgg16")
+class Kind(NamedTuple):
+    """How a model is made from (num_classes, width=...), and what it reads."""
+
+    make: Callable[..., nn.Module]
+    examples: Examples
+    has_norm: bool  # then it also takes `affine`
+
+
+MODELS = {
+    "cnn": Kind(CNN, "images", False),
+    "resnet20": Kind(ResNet20, "images", True),
+    "vgg16": Kind(VGG16, "images", True),
+    "vit": Kind(ViT, "images", True),
+    "transformer": Kind(Transformer, "windows", True),
+}
+
+
+def check_model(name: str, dataset: str, examples: Examples) -> None:
+    """Raises a `UsageError` unless `name` is a model for the examples of `dataset`."""
+    check_choice("model", name, tuple(MODELS))
+    fitting = [model for model, kind in MODELS.items() if kind.examples == examples]
+    if name not in fitting:
+        raise UsageError(
+            f"{name} reads {MODELS[name].examples}, {dataset} has {examples}: choose for --model "
+            f"{' or '.join(fitting)}, or another --dataset"
+        )
 
 
 def make_model(
@@ -121,17 +148,20 @@ def make_model(
     Args:
         name: one of `MODELS`.
         num_classes: number of logits.
-        width: channels of the first convolution; None: the model's usual width.
-        affine: whether BatchNorm has a scale and a bias of its own; `cnn` has no BatchNorm.
+        width: channels of the first convolution, of transformers the features of a position;
+            None: the model's usual width.
+        affine: whether BatchNorm and LayerNorm have a scale and a bias of their own; `cnn` has
+            neither norm.
 
     Returns:
-        Module of (images, train=...).
+        Module of (inputs, train=...).
 
     Raises:
         UsageError: unknown name.
     """
-    check_choice("model", name, MODELS)
+    check_choice("model", name, tuple(MODELS))
+    kind = MODELS[name]
     options: dict[str, Any] = {} if width is None else {"width": width}
-    if name == "cnn":
-        return CNN(num_classes, **options)
-    return {"resnet20": ResNet20, "vgg16": VGG16}[name](num_classes, affine=affine, **options)
+    if kind.has_norm:
+        options["affine"] = affine
+    return kind.make(num_classes, **options)

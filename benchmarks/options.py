@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from benchmarks.data import DATASETS
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, check_model
 from benchmarks.optimizers import OPTIMIZERS, Curvature, library_interval
 
 
@@ -23,13 +23,29 @@ class Defaults(NamedTuple):
     target: float
     seeds: int
     interval: int | None  # None: the library's
+    damping: str
 
 
 DEFAULTS = {
-    "digits": Defaults("cnn", 20, 64, 4, 97.0, 5, 10),
-    "cifar10": Defaults("resnet20", 20, 128, 2, 90.0, 1, None),
-    "cifar100": Defaults("resnet20", 20, 128, 2, 60.0, 1, None),
+    "digits": Defaults("cnn", 20, 64, 4, 97.0, 5, 10, "auto"),
+    "cifar10": Defaults("resnet20", 20, 128, 2, 90.0, 1, None, "auto"),
+    "cifar100": Defaults("resnet20", 20, 128, 2, 60.0, 1, None, "auto"),
+    # "auto" is a fixed 1e-3 where nothing is a convolution: far above the curvature of a loss that
+    # is a mean over 64 characters.
+    "alice": Defaults("transformer", 10, 32, 2, 50.0, 1, 10, "trace"),
 }
+
+
+def _default(option: str) -> str:
+    """The default in words, for the help: by data set where these differ."""
+    by_value: dict[Any, list[str]] = {}
+    for dataset, defaults in DEFAULTS.items():
+        by_value.setdefault(getattr(defaults, option), []).append(dataset)
+    if len(by_value) == 1:
+        return f"default: {next(iter(by_value))}"
+    values = (f"{value:g}" if isinstance(value, float) else str(value) for value in by_value)
+    pairs = zip(values, by_value.values(), strict=True)
+    return "default: " + ", ".join(f"{value} for {' and '.join(names)}" for value, names in pairs)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,33 +70,34 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", default="digits", help=f"{', '.join(DATASETS)} (default: digits)")
     add("--data", type=Path, metavar="DIR", help="directory with CIFAR: the python archives, or "
         "the packed .npz pair")  # fmt: skip
-    add("--subset", type=whole, metavar="N", help="only N training images")
-    add("--model", help=f"{', '.join(MODELS)} (default: cnn for digits, else resnet20)")
-    add("--width", type=whole, help="channels of the first convolution (default: 16; vgg16: 64)")
+    add("--subset", type=whole, metavar="N", help="only N training examples")
+    add("--model", help=f"{', '.join(MODELS)} ({_default('model')})")
+    add("--width", type=whole, help="channels of the first convolution, of transformers "
+        "the features of a position (default: 16; vgg16, vit, transformer: 64)")  # fmt: skip
     add("--affine", action=argparse.BooleanOptionalAction, default=True,
-        help="whether BatchNorm has a scale and a bias")  # fmt: skip
+        help="whether BatchNorm and LayerNorm have a scale and a bias")  # fmt: skip
     add("--optimizers", default="tekfac,sgd,adam", metavar="LIST",
         help=f"comma-separated, of {', '.join(OPTIMIZERS)} (default: tekfac,sgd,adam)")  # fmt: skip
-    add("--epochs", type=whole, help="length of a run (default: 20)")
-    add("--batch-size", type=whole, help="default: 64 for digits, else 128")
+    add("--epochs", type=whole, help=f"length of a run ({_default('epochs')})")
+    add("--batch-size", type=whole, help=_default("batch_size"))
     add("--seeds", type=whole, metavar="N",
-        help="runs of each optimizer, seeded 0 to N-1 (default: 5 for digits, else 1)")  # fmt: skip
+        help=f"runs of each optimizer, seeded 0 to N-1 ({_default('seeds')})")  # fmt: skip
     add("--learning-rates", metavar="RATES",
         help="one number for all, or such as tekfac=0.01,sgd=0.1: no search for these")  # fmt: skip
     add("--search-epochs", type=whole,
-        help="length of a run of the search (default: 4 for digits, else 2)")  # fmt: skip
+        help=f"length of a run of the search ({_default('search_epochs')})")  # fmt: skip
     add("--target", type=_number(float, 0, 100), metavar="PERCENT",
-        help="test accuracy whose first epoch is reported (default: 97 for digits, 90 for "
-        "cifar10, 60 for cifar100)")  # fmt: skip
+        help=f"test accuracy whose first epoch is reported ({_default('target')})")  # fmt: skip
     for name, what in (
         ("factor", "updates of the Kronecker factors"),
         ("eigenbasis", "eigendecompositions"),
         ("rescaling", "updates of the eigenvalues"),
     ):
         add(f"--{name}-interval", type=whole, metavar="STEPS",
-            help=f"steps between {what} (default: 10 for digits, where an epoch has only about "
-            f"20 steps; else the library's {library_interval(f'{name}_interval')})")  # fmt: skip
-    add("--damping", type=_damping, default="auto", help="auto, trace or a number (default: auto)")
+            help=f"steps between {what} (default: 10 for digits and alice, whose epochs "
+            f"are short; else the library's {library_interval(f'{name}_interval')})")  # fmt: skip
+    add("--damping", type=_damping,
+        help=f"auto, trace or a number ({_default('damping')})")  # fmt: skip
     add("--out", type=Path, default=Path("out"), metavar="DIR",
         help="where curves.png and results.json go (default: out)")  # fmt: skip
     return parser
@@ -105,10 +122,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.dataset not in DATASETS:
         raise DataError(f"unknown dataset {options.dataset!r}: choose from {', '.join(DATASETS)}")
     defaults = DEFAULTS[options.dataset]
-    for name in ("model", "epochs", "batch_size", "search_epochs", "target", "seeds"):
+    for name in ("model", "epochs", "batch_size", "search_epochs", "target", "seeds", "damping"):
         if getattr(options, name) is None:
             setattr(options, name, getattr(defaults, name))
-    check_choice("model", options.model, MODELS)
+    check_model(options.model, options.dataset, DATASETS[options.dataset])
     options.optimizers = _optimizers(options.optimizers)
     options.learning_rates = _learning_rates(options.learning_rates, options.optimizers)
     intervals = {}

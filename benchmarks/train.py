@@ -41,7 +41,7 @@ def _run(options: Any) -> None:
     task = Task(dataset, model, options.batch_size)
     title = (
         f"{options.model} ({task.num_parameters:,} parameters) on {options.dataset}: "
-        f"{len(dataset.train_labels)} training images, "
+        f"{len(dataset.train_labels)} training {dataset.examples}, "
         f"batch {options.batch_size}, {_count(options.epochs, 'epoch')} of "
         f"{_count(task.steps_per_epoch, 'step')}, {_count(options.seeds, 'seed')}"
     )
@@ -53,8 +53,8 @@ def _run(options: Any) -> None:
     settings = {
         **vars(options),
         "curvature": options.curvature._asdict(),
-        "train_images": len(dataset.train_labels),
-        "test_images": len(dataset.test_labels),
+        "train_examples": len(dataset.train_labels),
+        "test_examples": len(dataset.test_labels),
         "parameters": task.num_parameters,
     }
     save_json(options.out / "results.json", results, settings)

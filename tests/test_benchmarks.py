@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
-from benchmarks import memory
+from benchmarks import memory, text
 from benchmarks.cifar import VARIANTS
 from benchmarks.data import DataError, load_dataset
 from benchmarks.errors import UsageError
@@ -24,7 +24,9 @@ from benchmarks.loop import Task, Trainer, cosine
 from benchmarks.models import make_model
 from benchmarks.optimizers import OPTIMIZERS, Curvature
 from benchmarks.search import TRIALS, search_learning_rate
+from benchmarks.text import WINDOW, cut_text
 from benchmarks.train import main
+from benchmarks.transformers import Transformer, ViT
 from benchmarks.unpickle import safe_loads
 
 CIFAR = tuple(VARIANTS)
@@ -139,8 +141,8 @@ def test_official_archives_come_back_in_a_shuffled_order(tmp_path, name, write):
     for subset in (None, 7):
         read = load_dataset(name, tmp_path, subset)
         expected = train[0][order[:subset]], train[1][order[:subset]]
-        assert_same(name, read.train_images, read.train_labels, expected)
-        assert_same(name, read.test_images, read.test_labels, test)
+        assert_same(name, read.train_inputs, read.train_labels, expected)
+        assert_same(name, read.test_inputs, read.test_labels, test)
         assert read.num_classes == VARIANTS[name].num_classes
 
 
@@ -151,8 +153,8 @@ def test_packs_come_back(tmp_path, name, subset, capsys):
     write_packs(tmp_path, name, train, test)
     read = load_dataset(name, tmp_path, subset)
     expected = train[0][:subset], train[1][:subset]
-    assert_same(name, read.train_images, read.train_labels, expected)
-    assert_same(name, read.test_images, read.test_labels, test)
+    assert_same(name, read.train_inputs, read.train_labels, expected)
+    assert_same(name, read.test_inputs, read.test_labels, test)
     assert capsys.readouterr().err == ""
 
 
@@ -161,7 +163,7 @@ def test_half_of_the_packs_is_used_with_a_notice(tmp_path, half, kept, capsys):
     train, test = make_split("cifar10", 8, 1), make_split("cifar10", 4, 2)
     write_packs(tmp_path, "cifar10", train, test, halves=half)
     read = load_dataset("cifar10", tmp_path)
-    assert_same("cifar10", read.train_images, read.train_labels, (train[0][kept], train[1][kept]))
+    assert_same("cifar10", read.train_inputs, read.train_labels, (train[0][kept], train[1][kept]))
     notice = capsys.readouterr().err
     assert f"only cifar10_{half}.npz" in notice
     assert notice.count("\n") == 1
@@ -183,26 +185,59 @@ def test_pickle_as_python_2_wrote_it():
 
 def test_digits_are_split_evenly_and_standardised():
     digits = load_dataset("digits")
-    assert digits.train_images.shape == (1437, 8, 8, 1)
-    assert digits.test_images.shape == (360, 8, 8, 1)
-    assert digits.train_images.mean() == pytest.approx(0, abs=1e-5)
-    assert digits.train_images.std() == pytest.approx(1, abs=1e-5)
+    assert digits.train_inputs.shape == (1437, 8, 8, 1)
+    assert digits.test_inputs.shape == (360, 8, 8, 1)
+    assert digits.train_inputs.mean() == pytest.approx(0, abs=1e-5)
+    assert digits.train_inputs.std() == pytest.approx(1, abs=1e-5)
     # Stratified: a fifth of every class, of 174 to 183 images, to within one.
     counts = np.bincount(digits.test_labels)
     assert counts.min() >= 34
     assert counts.max() <= 38
     smaller = load_dataset("digits", subset=100)
-    np.testing.assert_array_equal(smaller.train_images, digits.train_images[:100])
+    np.testing.assert_array_equal(smaller.train_inputs, digits.train_inputs[:100])
+
+
+def test_windows_come_back_as_the_text():
+    raw = "".join(chr(ord("a") + i * i % 26) for i in range(1500))
+    read = cut_text(raw, None, "squares")
+    assert read.num_characters == len(set(raw))
+    order = np.random.default_rng(0).permutation(21)
+    # 1350 characters to train with: 21 windows of 64, and the character after the last.
+    for windows, rows, start, count in (
+        (read.train, np.argsort(order), 0, 21),
+        (read.test, slice(None), 1350, 2),
+    ):
+        alphabet = np.array(sorted(set(raw)))
+        for array, shift in ((windows.inputs, 0), (windows.labels, 1)):
+            assert array.shape == (count, WINDOW)
+            assert array.dtype == np.int32
+            restored = "".join(alphabet[array[rows]].ravel())
+            assert restored == raw[start + shift :][: count * WINDOW]
+    smaller = cut_text(raw, 5, "squares")
+    np.testing.assert_array_equal(smaller.train.labels, read.train.labels[:5])
+    np.testing.assert_array_equal(smaller.test.inputs, read.test.inputs)
+
+
+def test_alice_is_the_book_and_nothing_else():
+    alice = load_dataset("alice")
+    assert alice.train_inputs.shape == alice.train_labels.shape == (2027, WINDOW)
+    assert alice.test_inputs.shape == alice.test_labels.shape == (225, WINDOW)
+    assert alice.num_classes == 66
+    assert alice.examples == "windows"
+    content = text.ALICE.read_text("ascii")
+    assert content.startswith("CHAPTER I. Down the Rabbit-Hole\n\nAlice was beginning")
+    assert content.endswith("her own child-life, and the happy summer days.\n")
+    assert "Gutenberg" not in content
 
 
 @pytest.mark.skipif("TEKFAC_DATA" not in os.environ, reason="TEKFAC_DATA names no directory")
 @every_cifar
 def test_real_cifar(name):
     read = load_dataset(name, os.environ["TEKFAC_DATA"], subset=2000)
-    assert read.train_images.shape == (2000, 32, 32, 3)
-    assert len(read.test_images) in (5000, 10000)
-    assert abs(read.train_images.mean(axis=(0, 1, 2))).max() < 0.05
-    assert abs(read.train_images.std(axis=(0, 1, 2)) - 1).max() < 0.05
+    assert read.train_inputs.shape == (2000, 32, 32, 3)
+    assert len(read.test_inputs) in (5000, 10000)
+    assert abs(read.train_inputs.mean(axis=(0, 1, 2))).max() < 0.05
+    assert abs(read.train_inputs.std(axis=(0, 1, 2)) - 1).max() < 0.05
     assert set(read.test_labels) == set(range(read.num_classes))
 
 
@@ -351,6 +386,20 @@ def test_broken_data_is_refused_in_one_sentence(tmp_path, kind, capsys):
     assert_refused([*arguments, *(["--subset", "5"] if subset else [])], message, capsys)
 
 
+def test_text_too_short_is_refused():
+    with pytest.raises(DataError, match="squares has 640 characters: its last tenth must hold"):
+        cut_text("a" * 640, None, "squares")
+
+
+def test_lost_text_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "ALICE", tmp_path / "alice.txt")
+    message = "cannot read .*alice.txt .*: restore it"
+    arguments = ["--dataset", "alice", "--out", str(tmp_path)]
+    assert_refused(arguments, message, capsys)
+    (tmp_path / "alice.txt").write_bytes(b"\xff" * 2000)
+    assert_refused(arguments, message, capsys)
+
+
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -394,9 +443,17 @@ def assert_refused(arguments, message, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--dataset mnist", "unknown dataset 'mnist': choose from digits, cifar10, cifar100"),
+        (
+            "--dataset mnist",
+            "unknown dataset 'mnist': choose from digits, cifar10, cifar100, alice",
+        ),
         ("--dataset cifar100", "cifar100 is read from a directory: pass with --data"),
-        ("--model alexnet", "unknown model 'alexnet': choose from cnn, resnet20, vgg16"),
+        ("--model alexnet", "unknown model 'alexnet': choose from cnn, resnet20, vgg16, vit"),
+        ("--model transformer", "transformer reads windows, digits has images: choose .* cnn or"),
+        ("--dataset alice --model vit", "vit reads images, alice has windows: .* transformer, or"),
+        ("--dataset alice --width 30", "a width of 30 cannot be shared out among 4 heads"),
+        ("--dataset alice --subset 9000", "a subset of 9000 training windows .* alice has 2027"),
+        ("--dataset alice --subset 20", "a batch of 32 is more than the 20 training windows"),
         ("--model vgg16", "vgg16 is made for 32x32 images, these are 8x8"),
         ("--optimizers tekfac,muon", "unknown optimizer 'muon'"),
         ("--optimizers sgd,sgd", "twice"),
@@ -427,37 +484,70 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
 # --- models ----------------------------------------------------------------------------------
 
 
+def abstract_inputs(size):
+    """Images (height, width, channels), or characters (length,)."""
+    return jax.ShapeDtypeStruct((2, *size), np.int32 if len(size) == 1 else np.float32)
+
+
 def abstract_parameters(model, size):
-    x = jax.ShapeDtypeStruct((1, *size), np.float32)
+    x = abstract_inputs(size)
     return jax.eval_shape(model.init, jax.random.key(0), x)["params"]
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "width", "count"),
+    ("name", "size", "num_classes", "width", "count"),
     [
-        ("cnn", (8, 8, 1), None, 21_546),
-        ("resnet20", (32, 32, 3), None, 269_722),
-        ("vgg16", (32, 32, 3), 64, 14_724_042),
+        ("cnn", (8, 8, 1), 10, None, 21_546),
+        ("resnet20", (32, 32, 3), 10, None, 269_722),
+        ("vgg16", (32, 32, 3), 10, 64, 14_724_042),
+        ("vit", (32, 32, 3), 10, None, 207_946),
+        ("transformer", (64,), 66, None, 212_674),
     ],
 )
-def test_number_of_parameters(name, size, width, count):
-    params = abstract_parameters(make_model(name, 10, width), size)
+def test_number_of_parameters(name, size, num_classes, width, count):
+    params = abstract_parameters(make_model(name, num_classes, width), size)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg16"])
-def test_without_affine_every_parameter_is_covered(name):
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [
+        ("resnet20", (32, 32, 3), 20),
+        ("vgg16", (32, 32, 3), 14),
+        ("vit", (32, 32, 3), 2 + 4 * 6 + 1),
+        ("transformer", (64,), 2 + 4 * 6 + 1),
+    ],
+)
+def test_without_affine_every_parameter_is_covered(name, size, count):
     model = make_model(name, 10, 4, affine=False)
-    x = jax.ShapeDtypeStruct((2, 32, 32, 3), np.float32)
+    x = abstract_inputs(size)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
 
     def mean_logit(params, batch_stats, x):
         logits: Any = model.apply({"params": params, "batch_stats": batch_stats}, x)
         return logits.mean()
 
-    layers = tekfac.find_layers(mean_logit, variables["params"], variables["batch_stats"], x)
-    assert len(layers) == {"resnet20": 20, "vgg16": 14}[name]
+    batch_stats = variables.get("batch_stats", {})
+    layers = tekfac.find_layers(mean_logit, variables["params"], batch_stats, x)
+    assert len(layers) == count
     assert not layers.uncovered
+
+
+def test_images_that_patches_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match="patches of 4x4, these are 32x30: choose"):
+        abstract_parameters(ViT(), (32, 30, 3))
+
+
+def test_transformer_sees_no_later_character():
+    model = Transformer(num_classes=5, width=8)
+    rng = np.random.default_rng(0)
+    x = rng.integers(5, size=(2, 12)).astype(np.int32)
+    variables = model.init(jax.random.key(0), x)
+    changed = np.where(np.arange(12) < 7, x, (x + 1) % 5)
+    logits, other = (np.asarray(model.apply(variables, ids)) for ids in (x, changed))
+    assert logits.shape == (2, 12, 5)
+    np.testing.assert_allclose(logits[:, :7], other[:, :7], atol=1e-6)
+    assert (abs(logits[:, 7:] - other[:, 7:]).max(axis=(0, 2)) > 1e-3).all()
 
 
 # --- training --------------------------------------------------------------------------------
@@ -489,6 +579,35 @@ def test_every_optimizer_learns_and_repeats_itself(task, name):
     losses = [r.epochs[0].train_loss for r in (run, again, trainer.train(0.03, epochs=6, seed=8))]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "rate", "accuracy"),
+    [
+        (ViT(10, width=16, depth=1, patch=2), "digits", 0.03, 0.5),
+        (Transformer(66, width=16, depth=1), "alice", 3e-4, 0.25),
+    ],
+    ids=["vit", "transformer"],
+)
+def test_transformers_learn(model, data, rate, accuracy):
+    task = Task(load_dataset(data, subset=512), model, batch_size=32)
+    trainer = Trainer(task, "tekfac", Curvature(5, 5, 5, "trace"))
+    assert len(trainer.layers) == 9
+    run = trainer.train(rate, epochs=4, seed=0)
+    assert run.train_loss < 0.9 * run.epochs[0].train_loss
+    assert run.epochs_to(accuracy) is not None
+
+
+def test_evaluation_is_a_mean_over_characters():
+    alice = load_dataset("alice", subset=40)
+    task = Task(alice, Transformer(alice.num_classes, width=8), batch_size=40)
+    state = Trainer(task, "sgd", FREQUENT).initial_state(0)
+    loss, accuracy = task.evaluate(state, "test")
+    logits = task.model.apply({"params": state.params}, alice.test_inputs)
+    log_probabilities = np.asarray(jax.nn.log_softmax(logits))
+    chosen = np.take_along_axis(log_probabilities, alice.test_labels[..., None], axis=-1)
+    assert loss == pytest.approx(-chosen.mean(), rel=1e-5)
+    assert accuracy == pytest.approx((logits.argmax(axis=-1) == alice.test_labels).mean())
 
 
 def test_divergence_ends_a_run(task):
