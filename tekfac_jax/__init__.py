@@ -2,6 +2,7 @@
 
 from tekfac_jax._capture import find_layers, make_slots, tap, value_grad_and_stats
 from tekfac_jax._check import check_capture
+from tekfac_jax._devices import DevicePlan, Share, device_plan
 from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
@@ -33,6 +34,7 @@ __all__ = [
     "Categorical",
     "ClipByKlState",
     "Curvature",
+    "DevicePlan",
     "Gaussian",
     "LayerSpec",
     "LayerState",
@@ -41,12 +43,14 @@ __all__ = [
     "Reduced",
     "ReducedStatistics",
     "ScaleByTekfacState",
+    "Share",
     "Statistics",
     "TrainState",
     "check_capture",
     "check_state",
     "clip_by_kl",
     "curvature",
+    "device_plan",
     "diagnostics",
     "ekfac",
     "find_layers",

@@ -84,6 +84,7 @@ def value_grad_and_stats(
     has_aux: bool = False,
     reduction: Divisor = "mean",
     loss_scale: float | jax.Array = 1.0,
+    examples: float | jax.Array | None = None,
     mode: Mode = "raw",
     factors: Factors = "exact",
 ) -> Callable[..., Any]:
@@ -105,6 +106,8 @@ def value_grad_and_stats(
         loss_scale: what `loss_fn` multiplies its loss by, against underflow in half precision: a
             number, or a traced scalar where it is dynamic. Value and gradient come back scaled, as
             from `jax.value_and_grad`; the statistics are those of the loss itself.
+        examples: how many examples count, where some only fill the batch up and their loss is
+            multiplied by 0: a number, traced or not; None: all of them.
         mode: ``"raw"``: the statistics are (a, u) of every layer, and Θ is measured in the fresh
             basis. ``"reduced"``: they are contracted in the backward pass, so that they are no
             larger than the curvature (for `nn.remat`, `nn.scan`, long sequences), and those of
@@ -145,6 +148,8 @@ def value_grad_and_stats(
     """
     check_layers(layers)
     _check_reduction(reduction)
+    if examples is not None:
+        check_number("examples", examples, 0, math.inf, "None counts all of them")
     check_number("loss_scale", loss_scale, 0, math.inf, "1.0 is no scale", open_low=True)
 
     def gather(gatherer: Gatherer, params: Any, args: Any, kwargs: Any) -> Any:
@@ -155,7 +160,9 @@ def value_grad_and_stats(
             divisor: Any = plan.batch_size if reduction == "mean" else 1
         else:
             divisor = reduction
-        gathering = gatherer(plan, jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype))
+        scale = jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
+        count = jnp.asarray(plan.batch_size if examples is None else examples, dtype)
+        gathering = gatherer(plan, scale, count)
         grad_fn = jax.value_and_grad(gathering.run, argnums=(0, 1), has_aux=has_aux)
         value, (grads, found) = grad_fn(params, gathering.slots())
         return value, grads, gathering.finish(found)

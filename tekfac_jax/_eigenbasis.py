@@ -8,33 +8,48 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from tekfac_jax._layers import zeros_like
+
 HIGHEST = lax.Precision.HIGHEST
 
 
+# A factor of so few rows is decomposed in closed form.
+SMALL = 2
+
+
 def eigenvectors(
-    factor: Float[Array, "*lead d d"],
-) -> tuple[Float[Array, "*lead d d"], Bool[Array, "*lead"]]:
-    """Eigenvectors of symmetric factors (Eq. 3.1), and whether they can be used.
+    factor: Float[Array, "*lead d d"], mine: Bool[Array, "*lead"] | None = None
+) -> Float[Array, "*lead d d"]:
+    """Eigenvectors of symmetric factors (Eq. 3.1), not a number where they cannot be found.
 
     A factor is divided by its trace first: eigenvectors do not care, and float32 neither
-    over- nor underflows. `eigh` answers bad input with NaN instead of an error.
+    over- nor underflows. `eigh` answers bad input with NaN instead of an error. With `mine` only
+    those for which it is true are computed, and zero stands for the others.
     """
     total = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
-    q = _eigh(factor / jnp.where(total > 0, total, 1))
-    return q, jnp.all(jnp.isfinite(q), axis=(-2, -1))
+    return _eigh(factor / jnp.where(total > 0, total, 1), mine)
 
 
-def _eigh(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
-    if factor.shape[-1] <= 2:
-        return _small_eigh(factor)
+def _eigh(
+    factor: Float[Array, "*lead d d"], mine: Bool[Array, "*lead"] | None
+) -> Float[Array, "*lead d d"]:
+    if factor.shape[-1] <= SMALL:
+        q = _small_eigh(factor)
+        return q if mine is None else jnp.where(mine[..., None, None], q, 0)
 
     def one(factor: jax.Array) -> jax.Array:
         return jnp.linalg.eigh(factor, symmetrize_input=False)[1]
 
+    def one_if_mine(factor: jax.Array, mine: jax.Array) -> jax.Array:
+        return lax.cond(mine, one, zeros_like, factor)
+
     if factor.ndim == 2:
-        return one(factor)
-    # Batched LAPACK calls can deadlock on CPU; on GPU a batched call is what is fast.
+        return one(factor) if mine is None else one_if_mine(factor, mine)
     flat = factor.reshape(-1, *factor.shape[-2:])
+    if mine is not None:
+        q = lax.map(lambda pair: one_if_mine(*pair), (flat, mine.ravel()))
+        return q.reshape(factor.shape)
+    # Batched LAPACK calls can deadlock on CPU; on GPU a batched call is what is fast.
     q = lax.platform_dependent(flat, cpu=lambda x: lax.map(one, x), default=jax.vmap(one))
     return q.reshape(factor.shape)
 

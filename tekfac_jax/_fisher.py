@@ -173,7 +173,7 @@ def fisher_stats(
         model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
         size = jnp.asarray(plan.batch_size, jnp.result_type(float))
-        gathering = gatherer(plan, size)
+        gathering = gatherer(plan, size, size)
         outputs_of = functools.partial(gathering.run, params)
         outputs, pull_back, *aux = jax.vjp(outputs_of, gathering.slots(), has_aux=has_aux)
         if estimator == "sampled":

@@ -21,6 +21,7 @@ class Raw(NamedTuple):
 
     plan: Plan
     scale: jax.Array  # what u is multiplied by to become the gradient of the summed loss
+    examples: jax.Array  # that count
 
     def slots(self) -> Captures:
         return self.plan.slots()
@@ -30,11 +31,12 @@ class Raw(NamedTuple):
 
     def finish(self, found: Captures) -> Statistics:
         """Statistics from what the slots received."""
-        return Statistics(found, self.scale, jnp.full_like(self.scale, self.plan.batch_size))
+        return Statistics(found, self.scale, self.examples)
 
 
-# From a plan and the scale of the loss to what runs the function and finishes its statistics.
-Gatherer = Callable[[Plan, jax.Array], Raw | Reduction]
+# From a plan, the scale of the loss and the number of examples that count to what runs the
+# function and finishes its statistics.
+Gatherer = Callable[[Plan, jax.Array, jax.Array], Raw | Reduction]
 
 
 def gathering_function(
@@ -62,8 +64,9 @@ def gathering_function(
     ) -> Any:
         bases = None if opt_state is None else bases_in(opt_state, layers)
 
-        def reduction(plan: Plan, scale: jax.Array) -> Reduction:
-            return Reduction(plan, layers, factors, bases, scale, jnp.asarray(when, bool))
+        def reduction(plan: Plan, scale: jax.Array, examples: jax.Array) -> Reduction:
+            due = jnp.asarray(when, bool)
+            return Reduction(plan, layers, factors, bases, scale, examples, due)
 
         return gather(reduction, params, args, kwargs)
 

@@ -36,6 +36,8 @@ class Options(NamedTuple):
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
     axis_name: Any = None
+    mesh: Any = None
+    mesh_axis: Any = None
     factor_dtype: Any = None
 
 
@@ -60,7 +62,31 @@ def validate(layers: Any, options: Options) -> Options:
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
-    return options._replace(factor_dtype=_factor_dtype(options.factor_dtype))
+    return options._replace(
+        factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
+    )
+
+
+def _mesh_axis(options: Options) -> Any:
+    """The mesh's axis, checked."""
+    mesh, axis = options.mesh, options.mesh_axis
+    if mesh is None:
+        if axis is not None:
+            raise ValueError(f"mesh_axis={axis!r} needs mesh=, the mesh that has it")
+        return None
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    if options.axis_name is not None:
+        raise ValueError(
+            f"axis_name={options.axis_name!r} is for pmap and shard_map, mesh= for jit with "
+            "NamedSharding: pass one of them"
+        )
+    if axis is None:
+        axis = mesh.axis_names[0]
+    names = axis if isinstance(axis, tuple) else (axis,)
+    if not names or not set(names) <= set(mesh.axis_names):
+        raise ValueError(f"mesh_axis must be among the mesh's {mesh.axis_names}, got {axis!r}")
+    return axis
 
 
 def _check_interval(name: str, value: Any) -> None:

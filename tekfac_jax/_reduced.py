@@ -117,6 +117,7 @@ class Reduction(NamedTuple):
     factors: Factors
     bases: Mapping[str, Basis] | None
     scale: jax.Array
+    examples: jax.Array  # that count
     when: jax.Array
 
     def slots(self) -> dict[str, Any]:
@@ -153,7 +154,7 @@ class Reduction(NamedTuple):
                 layers[path] = reduce(spec, self.factors, *arguments)
             else:
                 layers[path] = found[path]
-        examples = jnp.where(self.when, self.plan.batch_size, 0).astype(self.scale.dtype)
+        examples = jnp.where(self.when, self.examples, 0)
         return ReducedStatistics(layers, examples, self.factors)
 
     def _basis(self, path: str) -> Basis | None:

@@ -5,7 +5,7 @@ backward pass) is the business of a source, which gives sums over examples.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ from jax import lax
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch
 from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, rotate, trace, transport
-from tekfac_jax._layers import Capture, LayerSpec
+from tekfac_jax._layers import Capture, LayerSpec, zeros_like
 from tekfac_jax._options import Number, Options
 from tekfac_jax._reduced import Reduced
 from tekfac_jax._state import LayerState, debiased, for_each, unit_trace
@@ -77,6 +78,7 @@ class Tools(NamedTuple):
     member: Member
     options: Options
     step: jax.Array
+    devices: Devices
 
     def refresh(
         self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
@@ -106,11 +108,9 @@ class Tools(NamedTuple):
     def kind_of_factors(self) -> Factors:
         return kind_of_factors(self.member, self.options)
 
-    def mean(self, total: Any, examples: jax.Array) -> Any:
-        """The mean over the examples of all devices, from this device's sum."""
-        if self.options.axis_name is not None:
-            total = lax.psum(total, self.options.axis_name)
-        return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
+
+def _mean(total: Any, examples: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
 
 
 def kind_of_factors(member: Member, options: Options) -> Factors:
@@ -123,7 +123,8 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     member, options = tools.member, tools.options
 
     def average(layer: LayerState) -> LayerState:
-        new = tools.mean(source.factors(tools, layer), source.examples)
+        total = tools.devices.total_of_symmetric(source.factors(tools, layer))
+        new = _mean(total, source.examples)
         ok = tools.is_finite(new)
         beta = options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
@@ -144,33 +145,78 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     return tools.refresh(due & (source.examples != 0), average, layer)
 
 
-def update_eigenbasis(tools: Tools, layer: LayerState) -> LayerState:
-    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis."""
+def update_eigenbases(
+    tools: Mapping[str, Tools], layers: Mapping[str, LayerState]
+) -> dict[str, LayerState]:
+    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis.
 
-    def decompose(layer: LayerState) -> LayerState:
-        old = layer.q_phi, layer.q_psi
-        q_psi, ok = eigenvectors(layer.psi)
-        q_phi = None
-        if layer.q_phi is not None:
-            q_phi, phi_ok = eigenvectors(layer.phi)
-            ok &= phi_ok
-        theta = transport(layer.theta, old, (q_phi, q_psi))
-        (q_phi, q_psi), theta = jax.tree.map(
-            lambda x, y: jnp.where(for_each(ok, x), x, y),
-            ((q_phi, q_psi), theta),
-            (old, layer.theta),
-        )
-        return layer._replace(
-            q_phi=q_phi,
-            q_psi=q_psi,
-            theta=theta,
-            basis_valid=layer.basis_valid | ok,
-            failures=layer.failures + jnp.int32(~ok),
-        )
+    Where the work is shared out all layers decompose before any result travels: were each to wait
+    for the one before, the devices would work one after another.
+    """
+    due = {path: _basis_due(tools[path], layer) for path, layer in layers.items()}
+    if all(tool.devices.plan is None for tool in tools.values()):
+        return {
+            path: tools[path].refresh(
+                due[path],
+                lambda layer, path=path: _adopt(layer, *_own_bases(tools[path], layer)),
+                layer,
+            )
+            for path, layer in layers.items()
+        }
 
-    # Never before statistics have come: the eigenvectors of zero are arbitrary.
+    def own(path: str, layer: LayerState) -> Any:
+        function = functools.partial(_own_bases, tools[path])
+        nothing = jax.eval_shape(function, layer)
+        zeros = functools.partial(jax.tree.map, zeros_like, nothing)
+        return lax.cond(jnp.any(due[path]), function, lambda layer: zeros(), layer)
+
+    def run(layers: dict[str, LayerState]) -> dict[str, LayerState]:
+        devices = next(iter(tools.values())).devices
+        bases = devices.gathered({path: own(path, layer) for path, layer in layers.items()})
+        return {
+            path: tools[path].refresh(
+                due[path], lambda layer, path=path: _adopt(layer, *bases[path]), layer
+            )
+            for path, layer in layers.items()
+        }
+
+    any_due = jnp.any(jnp.stack([jnp.any(d) for d in due.values()]))
+    return lax.cond(any_due, run, lambda layers: layers, dict(layers))
+
+
+def _basis_due(tools: Tools, layer: LayerState) -> jax.Array:
+    """Never before statistics have come: the eigenvectors of zero are arbitrary."""
     due = tools.at_interval(tools.options.eigenbasis_interval) | ~layer.basis_valid
-    return tools.refresh(due & (layer.factor_weight > 0), decompose, layer)
+    return due & (layer.factor_weight > 0)
+
+
+def _own_bases(tools: Tools, layer: LayerState) -> tuple[Any, jax.Array]:
+    """Q_Φ and Q_Ψ, as far as this device computes them."""
+
+    def own(side: str, factor: jax.Array) -> jax.Array:
+        return eigenvectors(factor, tools.devices.is_mine(tools.spec.path, side, tools.spec.lead))
+
+    q_phi = None if layer.q_phi is None else own("phi", layer.phi)
+    return q_phi, own("psi", layer.psi)
+
+
+def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
+    """The layer with a new basis, or its old one where the new one cannot be used."""
+    old, new = (layer.q_phi, layer.q_psi), (q_phi, q_psi)
+    ok = functools.reduce(
+        jnp.logical_and, [jnp.all(jnp.isfinite(q), axis=(-2, -1)) for q in jax.tree.leaves(new)]
+    )
+    theta = transport(layer.theta, old, new)
+    (q_phi, q_psi), theta = jax.tree.map(
+        lambda x, y: jnp.where(for_each(ok, x), x, y), (new, theta), (old, layer.theta)
+    )
+    return layer._replace(
+        q_phi=q_phi,
+        q_psi=q_psi,
+        theta=theta,
+        basis_valid=layer.basis_valid | ok,
+        failures=layer.failures + jnp.int32(~ok),
+    )
 
 
 def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerState:
@@ -184,7 +230,8 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
         return layer
 
     def average(layer: LayerState) -> LayerState:
-        new = tools.mean(source.rescaling(tools, layer), source.examples)
+        total = tools.devices.total(source.rescaling(tools, layer))
+        new = _mean(total, source.examples)
         return _average_theta(tools, layer, new)
 
     return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)

@@ -8,6 +8,8 @@ F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ, with one machine for the fami
 | Θ measured in their basis  | EKFAC              | TEKFAC                        |
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ import optax
 
 from tekfac_jax._batch import check_reduced, read_batch
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
+from tekfac_jax._devices import Devices, devices_of, over_mesh
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
@@ -24,10 +27,11 @@ from tekfac_jax._reduced import ReducedStatistics
 from tekfac_jax._refresh import (
     Captured,
     Member,
+    Source,
     Summed,
     Tools,
     kind_of_factors,
-    update_eigenbasis,
+    update_eigenbases,
     update_factors,
     update_rescaling,
     update_running_rescaling,
@@ -67,24 +71,14 @@ def _algorithm(
         if isinstance(stats, ReducedStatistics):
             theta_needed = member.measured and not running
             check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
-        new = dict(state.layers)
-        for path, spec in layers.items():
-            tools = Tools(spec, member, options, state.count)
-            if isinstance(stats, Statistics):
-                captured = Captured(stats.layers[path], stats.scale, batch.summed)
-                new[path] = update_factors(tools, new[path], captured)
-                new[path] = update_eigenbasis(tools, new[path])
-                new[path] = update_rescaling(tools, new[path], captured)
-            elif stats is not None:  # Θ was measured in the old basis
-                summed = Summed(stats.layers[path], batch.summed)
-                if member.measured:
-                    new[path] = update_rescaling(tools, new[path], summed)
-                new[path] = update_factors(tools, new[path], summed)
-                new[path] = update_eigenbasis(tools, new[path])
-                if not member.measured:
-                    new[path] = update_rescaling(tools, new[path], summed)
-            if running and path in gradients:
-                new[path] = update_running_rescaling(tools, new[path], gradients[path], batch)
+        refresh = functools.partial(_refresh_curvature, layers, member, options)
+        if options.mesh is not None:
+            refresh = over_mesh(options.mesh, options.mesh_axis, layers, refresh)
+        new = refresh(state.count, state.layers, stats, batch.summed)
+        if running:
+            for path, gradient in gradients.items():
+                tools = Tools(layers[path], member, options, state.count, Devices())
+                new[path] = update_running_rescaling(tools, new[path], gradient, batch)
 
         theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
         valid = {path: is_valid(layer) for path, layer in new.items()}
@@ -108,6 +102,45 @@ def _algorithm(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _refresh_curvature(
+    layers: Layers,
+    member: Member,
+    options: Options,
+    step: jax.Array,
+    states: dict[str, LayerState],
+    stats: Statistics | ReducedStatistics | None,
+    examples: jax.Array,
+) -> dict[str, LayerState]:
+    """Factors, then the eigenbasis, then Θ in the new basis, each where it is due."""
+    axis_name = options.axis_name if options.mesh is None else options.mesh_axis
+    # Over a mesh reduced statistics are sums over the whole batch already.
+    is_split = options.mesh is None or isinstance(stats, Statistics)
+    devices = devices_of(layers, axis_name, split=is_split)
+    tools = {path: Tools(spec, member, options, step, devices) for path, spec in layers.items()}
+    new = dict(states)
+
+    def each(update: Callable[..., LayerState], sources: Mapping[str, Source]) -> None:
+        new.update({path: update(tools[path], new[path], sources[path]) for path in layers})
+
+    if isinstance(stats, Statistics):
+        captured = {
+            path: Captured(captures, stats.scale, examples)
+            for path, captures in stats.layers.items()
+        }
+        each(update_factors, captured)
+        new.update(update_eigenbases(tools, new))
+        each(update_rescaling, captured)
+    elif stats is not None:  # Θ was measured in the old basis
+        summed = {path: Summed(reduced, examples) for path, reduced in stats.layers.items()}
+        if member.measured:
+            each(update_rescaling, summed)
+        each(update_factors, summed)
+        new.update(update_eigenbases(tools, new))
+        if not member.measured:
+            each(update_rescaling, summed)
+    return new
 
 
 def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options) -> jax.Array:
@@ -135,6 +168,8 @@ def scale_by_tekfac(
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
     axis_name: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    mesh_axis: Any = None,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient by trace-restricted, eigenvalue-corrected Kronecker factors (TEKFAC).
@@ -167,7 +202,13 @@ def scale_by_tekfac(
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
             mini-batch gradient alone, which must be the mean over the batch; needs no
             statistics but ``batch_size=`` at update, and is biased.
-        axis_name: name of the `pmap` or `shard_map` axis over which the batch is split.
+        axis_name: name of the `pmap` or `shard_map` axis over which the batch is split, or a tuple
+            of names. Sums are added up over it and eigendecompositions shared out
+            (`device_plan`).
+        mesh: under `jit` with `NamedSharding`: the mesh whose devices share the work; without, the
+            numbers are the same, and each device does all of it.
+        mesh_axis: the axis of `mesh` over which the batch is split, or a tuple of axes; None: the
+            first.
         factor_dtype: float32 or float64; None: the kernel's dtype, at least float32.
 
     Returns:
@@ -196,7 +237,7 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, factors, rescaling, axis_name,
-        factor_dtype,
+        mesh, mesh_axis, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
 

@@ -105,6 +105,7 @@ def value_grad_and_stats(
     has_aux: bool = False,
     reduction: Divisor = "mean",
     loss_scale: float | jax.Array = 1.0,
+    examples: float | jax.Array | None = None,
     mode: Mode = "raw",
     factors: Factors = "exact",
 ) -> Callable[..., Any]:
@@ -116,7 +117,8 @@ def value_grad_and_stats(
         layers: from `find_layers` of this module.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
         reduction: as in `tekfac_jax.value_grad_and_stats`.
-        loss_scale: as in `tekfac_jax.value_grad_and_stats`, like the two that follow.
+        loss_scale: as in `tekfac_jax.value_grad_and_stats`, like all that follow.
+        examples: how many examples count.
         mode: ``"raw"`` or ``"reduced"``; then pass ``opt_state=optimizer.opt_state``.
         factors: which factors, with ``mode="reduced"``.
 
@@ -146,8 +148,8 @@ def value_grad_and_stats(
 
     def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
         capture = _capture.value_grad_and_stats(
-            fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale, mode=mode,
-            factors=factors,
+            fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale,
+            examples=examples, mode=mode, factors=factors,
         )  # fmt: skip
         (loss, (aux, rest)), grads, stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
         return rest, ((loss, aux) if has_aux else loss, _like(params, grads), stats)

@@ -129,8 +129,17 @@ def _shard_map(step, **options):
     ],
     ids=["pmap", "shard_map", "shard_map with check_vma"],
 )
-@pytest.mark.parametrize("mode", ["raw", "reduced"])
-@pytest.mark.parametrize("build", [mlp, stacked, tied])
+@pytest.mark.parametrize(
+    ("build", "mode"),
+    [
+        (mlp, "raw"),
+        (stacked, "reduced"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(mlp, "reduced"), (stacked, "raw"), (tied, "raw"), (tied, "reduced")]
+        ),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_several_devices_are_one(over_devices, mean_over, build, mode):
     step, params, tx, x = training_step(build=build, mode=mode)
