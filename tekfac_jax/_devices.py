@@ -116,9 +116,9 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
         ...     return jnp.mean(model.apply({"params": params}, x) ** 2)
         >>> print(tekfac.device_plan(tekfac.find_layers(loss_fn, params, x), 2))
         device  share  decompositions
-             0  44.9%  1×7, 1×4
-             1  55.1%  2×6
-        4 decompositions; largest load over the mean 1.10, at best 1.00
+             0  48.5%  1×7, 1×4
+             1  51.5%  2×6
+        4 decompositions; largest load over the mean 1.03, at best 1.00
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number, 1 or more, got {devices!r}")

@@ -281,7 +281,7 @@ def test_a_batch_that_is_filled_up(mode):
         @jax.jit
         def run(params, *args):
             fn = tekfac.value_grad_and_stats(loss, network.layers, mode=mode, **options)
-            state = tx.init(params)
+            state, updates = tx.init(params), None
             for _ in range(2):
                 further = {"opt_state": state} if mode == "reduced" else {}
                 _, grads, stats = fn(params, *args, **further)

@@ -1,0 +1,140 @@
+"""The examples on several devices and in several processes: the numbers of one device."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks.examples import pmap, shard_map, sharded_jit
+from benchmarks.examples.processes import LOST
+
+ROOT = Path(__file__).parent.parent
+CLOSE = 1e-4  # relative, float32 after ten steps
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Parameters after some steps on one device."""
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = sharded_jit.train(STEPS, devices=1)
+    return jax.tree.leaves(state.params)
+
+
+def assert_close(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        difference = np.linalg.norm(np.asarray(one) - np.asarray(other))
+        assert difference <= CLOSE * np.linalg.norm(other)
+
+
+WAYS = {
+    "sharded_jit": sharded_jit.train,
+    "shard_map": shard_map.train,
+    "shard_map without check_vma": lambda *args: shard_map.train(*args, check_vma=False),
+    "pmap": pmap.train,
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+@pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*jax_utils:DeprecationWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_four_devices_are_one(way, expected):
+    state, loss = WAYS[way](STEPS, 4)
+    assert_close(jax.tree.leaves(state.params), expected)
+    assert np.isfinite(loss)
+
+
+# --- processes -------------------------------------------------------------------------------
+
+
+class Job:
+    """So many processes of `benchmarks.examples.processes`, on this machine."""
+
+    def __init__(self, processes, directory, steps, timeout=60):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        # One CPU device each, whatever the tests themselves run on.
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        self.logs = [directory / f"log_{processes}_{i}.txt" for i in range(processes)]
+        self.running = []
+        for i, log in enumerate(self.logs):
+            command = [
+                sys.executable, "-m", "benchmarks.examples.processes",
+                "--processes", processes, "--process", i, "--coordinator", f"localhost:{port}",
+                "--directory", directory / "checkpoints", "--steps", steps,
+                "--save-every", 3, "--timeout", timeout,
+            ]  # fmt: skip
+            with log.open("w") as output:
+                self.running.append(
+                    subprocess.Popen(
+                        list(map(str, command)), cwd=ROOT, env=environment, stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )  # fmt: skip
+
+    def wait(self, seconds):
+        """The exit codes; kills and fails whatever runs longer."""
+        end = time.monotonic() + seconds
+        try:
+            return [p.wait(max(0.1, end - time.monotonic())) for p in self.running]
+        finally:
+            for process in self.running:
+                process.kill()
+
+    def log(self, i):
+        return self.logs[i].read_text()
+
+
+def parameters(directory):
+    with np.load(directory / "checkpoints" / "parameters.npz") as saved:
+        return [saved[name] for name in saved.files]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_are_one(processes, expected, tmp_path):
+    job = Job(processes, tmp_path, STEPS)
+    assert job.wait(300) == [0] * processes, job.log(0)
+    assert_close(parameters(tmp_path), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_lost_process_ends_the_job_which_another_number_continues(expected, tmp_path):
+    """The one that is left ends with a sentence within the time limit, and nothing is lost."""
+    job = Job(2, tmp_path, 100_000, timeout=30)
+    end = time.monotonic() + 200
+    while "step 5:" not in job.log(1) and time.monotonic() < end:
+        time.sleep(0.2)
+    job.running[1].send_signal(signal.SIGKILL)
+    codes = job.wait(60)
+    assert codes == [LOST, -signal.SIGKILL], job.log(0)
+    assert "another process was lost" in job.log(0)
+    assert "continues from the last checkpoint" in job.log(0)
+    # Whatever was written after step 9 would be beyond what is compared with.
+    saved = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert min(saved) == 3
+    for step in saved:
+        if step > 9:
+            (tmp_path / "checkpoints" / str(step)).rename(tmp_path / f"later_{step}")
+    single = Job(1, tmp_path, STEPS)
+    assert single.wait(200) == [0], single.log(0)
+    assert "step 3:" not in single.log(0)  # continued, not started again
+    assert_close(parameters(tmp_path), expected)
