@@ -29,6 +29,7 @@ from benchmarks.loop import Task, Trainer
 from benchmarks.models import CNN, VGG16, ResNet20
 from benchmarks.optimizers import Curvature
 from benchmarks.options import exit_with
+from benchmarks.transformers import ViT
 
 # T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
 _INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
@@ -55,6 +56,7 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
     "mlp": (MLP(), (28, 28, 1)),
     "resnet20": (ResNet20(), (32, 32, 3)),
     "vgg16-half": (VGG16(width=32), (32, 32, 3)),
+    "vit": (ViT(), (32, 32, 3)),
 }
 
 
