@@ -7,6 +7,7 @@ from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fis
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
 from tekfac_jax._reduced import Reduced, ReducedStatistics
+from tekfac_jax._sharding import opt_state_sharding
 from tekfac_jax._state import (
     ClipByKlState,
     Curvature,
@@ -58,6 +59,7 @@ __all__ = [
     "kfac",
     "make_slots",
     "memory_usage",
+    "opt_state_sharding",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_tekfac",

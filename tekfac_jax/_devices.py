@@ -7,7 +7,6 @@ it is used; eigendecompositions, which cost the cube of a side, are shared out: 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -65,9 +64,13 @@ class DevicePlan:
 
     @property
     def bound(self) -> float:
-        """The best balance there is with the largest decomposition on one device."""
-        largest = max((share.dim**3 for share in self.shares), default=0)
-        return max(1.0, largest * self.devices / max(1, sum(self.loads)))
+        """No assignment has a better balance: a decomposition cannot be divided.
+
+        Of any k·devices + 1 of them some k + 1 meet on one device.
+        """
+        cubes = sorted((share.dim**3 for share in self.shares), reverse=True)
+        meeting = [(k + 1) * cube for k, cube in enumerate(cubes[:: self.devices])]
+        return max(1.0, max(meeting, default=0) * self.devices / max(1, sum(cubes)))
 
     def owners(self, path: str, side: str) -> np.ndarray:
         """The device for each of a layer's decompositions of one side."""
@@ -195,40 +198,34 @@ def devices_of(layers: Layers, axis_name: Any, *, split: bool) -> Devices:
     return Devices(axis_name, plan, split)
 
 
-def over_mesh(
-    mesh: jax.sharding.Mesh, axis: Any, layers: Layers, refresh: Callable[..., Any]
-) -> Callable[..., Any]:
-    """`refresh` of (step, states, stats, examples), run by each device on its part of the batch.
+def specs_of_statistics(stats: Any, layers: Layers, mesh: jax.sharding.Mesh, axis: Any) -> Any:
+    """For `jax.shard_map`: captures are split along their examples; sums are whole.
 
-    The program around it is one for all devices (`jit` with `NamedSharding`).
+    Raises:
+        ValueError: the batch cannot be divided among the devices of the axis.
     """
-    whole, names = PartitionSpec(), axis if isinstance(axis, tuple) else (axis,)
-    devices = math.prod(mesh.shape[name] for name in names)
+    if not isinstance(stats, Statistics):
+        return PartitionSpec()
+    devices = math.prod(mesh.shape[name] for name in axis_names(axis))
+    for path, captures in stats.layers.items():
+        size = captures[0].u.shape[len(layers[path].stack)]
+        if size % devices:
+            raise ValueError(
+                f"a batch of {size} examples cannot be divided among the {devices} devices of mesh "
+                f"axis {axis!r}: fill it up to a multiple with examples whose loss is multiplied "
+                "by 0, and pass the number of the others to value_grad_and_stats as reduction= "
+                "and examples="
+            )
+    parts: Any = {
+        path: PartitionSpec(*[None] * len(layers[path].stack), axis) for path in stats.layers
+    }
+    whole: Any = PartitionSpec()
+    return Statistics(parts, whole, whole)
 
-    def wrapped(step: Any, states: Any, stats: Any, examples: Any) -> Any:
-        specs: Any = whole
-        if isinstance(stats, Statistics):
-            for path, captures in stats.layers.items():
-                size = captures[0].u.shape[len(layers[path].stack)]
-                if size % devices:
-                    raise ValueError(
-                        f"a batch of {size} examples cannot be divided among the {devices} devices "
-                        f"of mesh axis {axis!r}: fill it up to a multiple with examples whose loss "
-                        "is multiplied by 0, and pass the number of the others to "
-                        "value_grad_and_stats as reduction= and examples="
-                    )
-            parts: Any = {
-                path: PartitionSpec(*[None] * len(layers[path].stack), axis)
-                for path in stats.layers
-            }
-            specs = stats._replace(layers=parts, scale=whole, examples=whole)
-        run = jax.shard_map(
-            refresh, mesh=mesh, in_specs=(whole, whole, specs, whole), out_specs=whole,
-            axis_names=set(names), check_vma=False,
-        )  # fmt: skip
-        return run(step, states, stats, examples)
 
-    return wrapped
+def axis_names(axis: Any) -> tuple[str, ...]:
+    """The names of one axis, or of several."""
+    return axis if isinstance(axis, tuple) else (axis,)
 
 
 def _is_square(x: jax.Array) -> bool:

@@ -11,6 +11,8 @@ import numpy as np
 from jax.core import Tracer
 
 from tekfac_jax._damping import Damping, FcDamping
+from tekfac_jax._devices import axis_names
+from tekfac_jax._folding import FOLD
 from tekfac_jax._layers import Layers
 
 Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
@@ -38,6 +40,7 @@ class Options(NamedTuple):
     axis_name: Any = None
     mesh: Any = None
     mesh_axis: Any = None
+    shard_state: bool = False
     factor_dtype: Any = None
 
 
@@ -69,23 +72,34 @@ def validate(layers: Any, options: Options) -> Options:
 
 def _mesh_axis(options: Options) -> Any:
     """The mesh's axis, checked."""
-    mesh, axis = options.mesh, options.mesh_axis
-    if mesh is None:
-        if axis is not None:
-            raise ValueError(f"mesh_axis={axis!r} needs mesh=, the mesh that has it")
+    if options.mesh is None:
+        for name in ("mesh_axis", "shard_state"):
+            if getattr(options, name):
+                raise ValueError(f"{name}={getattr(options, name)!r} needs mesh=")
         return None
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if options.axis_name is not None:
         raise ValueError(
             f"axis_name={options.axis_name!r} is for pmap and shard_map, mesh= for jit with "
             "NamedSharding: pass one of them"
         )
+    return check_mesh_axis(options.mesh, options.mesh_axis, shard_state=options.shard_state)
+
+
+def check_mesh_axis(mesh: Any, axis: Any, *, shard_state: bool) -> Any:
+    """The axis, or the mesh's first for None; raises unless it is one that can be used."""
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if axis is None:
         axis = mesh.axis_names[0]
-    names = axis if isinstance(axis, tuple) else (axis,)
+    names = axis_names(axis)
     if not names or not set(names) <= set(mesh.axis_names):
         raise ValueError(f"mesh_axis must be among the mesh's {mesh.axis_names}, got {axis!r}")
+    devices = math.prod(mesh.shape[name] for name in names)
+    if shard_state and FOLD % devices:
+        raise ValueError(
+            f"a state can be divided among a number of devices that divides {FOLD}, mesh axis "
+            f"{axis!r} has {devices}; leave shard_state=True out, or use fewer devices"
+        )
     return axis
 
 

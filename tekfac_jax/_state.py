@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._eigenbasis import eigenvalues_in, trace
+from tekfac_jax._folding import fold as fold_array
+from tekfac_jax._folding import unfold
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
 from tekfac_jax._reduced import Basis
 
@@ -80,8 +82,44 @@ def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
     return at_least_float32(spec.dtype) if factor_dtype is None else factor_dtype
 
 
-def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
+# The square matrices of a layer, the bulk of its state; they may be folded (`_folding`).
+SQUARES = ("phi", "psi", "q_phi", "q_psi")
+
+
+def is_folded(layer: LayerState, name: str) -> bool:
+    """Whether that one of `SQUARES` is folded. Of an embedding Φ is a vector, and never is."""
+    matrix = getattr(layer, name)
+    if matrix is None or (name == "phi" and layer.q_phi is None):
+        return False
+    return matrix.shape != _square_shape(layer, name)
+
+
+def _square_shape(layer: LayerState, name: str) -> tuple[int, ...]:
+    """What Θ, which is never folded, says of a matrix's shape."""
+    *lead, i, o = layer.theta.shape
+    dim = i if name.endswith("phi") else o
+    return (*lead, dim, dim)
+
+
+def unfolded(layer: LayerState) -> LayerState:
+    """The layer with all its matrices as such."""
+    squares = {
+        name: unfold(getattr(layer, name), _square_shape(layer, name))
+        for name in SQUARES
+        if is_folded(layer, name)
+    }
+    return layer._replace(**squares)
+
+
+def folded(layer: LayerState) -> LayerState:
+    """The layer with its matrices folded."""
+    names = ("psi", "q_psi") if layer.q_phi is None else SQUARES
+    return layer._replace(**{name: fold_array(getattr(layer, name)) for name in names})
+
+
+def initial_state(layers: Layers, factor_dtype: Any, *, fold: bool = False) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
+    as_kept = folded if fold else lambda layer: layer
 
     def layer(spec: LayerSpec) -> LayerState:
         i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
@@ -97,8 +135,8 @@ def initial_state(layers: Layers, factor_dtype: Any) -> ScaleByTekfacState:
         )
         if not spec.has_input_basis:
             state = state._replace(q_phi=None)
-        return state._replace(
-            basis_valid=jnp.zeros(lead, bool), failures=jnp.zeros(lead, jnp.int32)
+        return as_kept(
+            state._replace(basis_valid=jnp.zeros(lead, bool), failures=jnp.zeros(lead, jnp.int32))
         )
 
     return ScaleByTekfacState(
@@ -157,7 +195,7 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
             theta=debiased(layer.theta, layer.theta_weight),
         )
 
-    return {path: read(layer) for path, layer in _layer_states(opt_state).items()}
+    return {path: read(unfolded(layer)) for path, layer in _layer_states(opt_state).items()}
 
 
 def unit_trace(factor: jax.Array, q: jax.Array | None) -> jax.Array:
@@ -269,6 +307,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
     scalars = {}
     for path, layer in _layer_states(opt_state).items():
+        layer = unfolded(layer)
         scalars |= {
             f"{path}/trace": jnp.sum(debiased(layer.theta, layer.theta_weight)),
             f"{path}/damping": jnp.max(layer.damping),
@@ -323,7 +362,7 @@ def bases_in(opt_state: Any, layers: Layers) -> dict[str, Basis]:
     difference = check_state(opt_state, layers)
     if difference:
         raise ValueError(f"opt_state does not fit the layers: {difference}")
-    states = _layer_states(opt_state)
+    states = {path: unfolded(layer) for path, layer in _layer_states(opt_state).items()}
     return {path: Basis(states[path].q_phi, states[path].q_psi) for path in layers}
 
 

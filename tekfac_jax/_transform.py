@@ -18,7 +18,7 @@ import optax
 
 from tekfac_jax._batch import check_reduced, read_batch
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
-from tekfac_jax._devices import Devices, devices_of, over_mesh
+from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
@@ -36,6 +36,7 @@ from tekfac_jax._refresh import (
     update_rescaling,
     update_running_rescaling,
 )
+from tekfac_jax._sharding import keep_folded, over_mesh
 from tekfac_jax._state import (
     LayerState,
     ScaleByTekfacState,
@@ -43,6 +44,7 @@ from tekfac_jax._state import (
     for_each,
     initial_state,
     is_valid,
+    unfolded,
 )
 
 # --- Algorithm 1 -----------------------------------------------------------------------------
@@ -53,7 +55,7 @@ def _algorithm(
 ) -> optax.GradientTransformationExtraArgs:
     def init(params: Any) -> ScaleByTekfacState:
         del params  # the structure comes from `layers`: optax calls init with placeholders
-        return initial_state(layers, options.factor_dtype)
+        return initial_state(layers, options.factor_dtype, fold=options.shard_state)
 
     def update(
         updates: Any,
@@ -73,8 +75,9 @@ def _algorithm(
             check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
         refresh = functools.partial(_refresh_curvature, layers, member, options)
         if options.mesh is not None:
-            refresh = over_mesh(options.mesh, options.mesh_axis, layers, refresh)
-        new = refresh(state.count, state.layers, stats, batch.summed)
+            refresh = over_mesh(refresh, layers, options)
+        kept = refresh(state.count, state.due, state.layers, stats, batch.summed)
+        new = {path: unfolded(layer) for path, layer in kept.items()}
         if running:
             for path, gradient in gradients.items():
                 tools = Tools(layers[path], member, options, state.count, Devices())
@@ -93,7 +96,10 @@ def _algorithm(
             natural = precondition(g, new[path].q_phi, new[path].q_psi, theta[path], damping[path])
             usable = for_each(valid[path], g)
             directions[path] = jnp.where(usable, natural, g).astype(gradient.dtype)
-        new = {path: layer._replace(damping=damping[path]) for path, layer in new.items()}
+        new = {
+            path: keep_folded(layer, kept[path])._replace(damping=damping[path])
+            for path, layer in new.items()
+        }
 
         count = jnp.asarray(optax.safe_increment(state.count))
         return (
@@ -109,11 +115,13 @@ def _refresh_curvature(
     member: Member,
     options: Options,
     step: jax.Array,
+    due: jax.Array,
     states: dict[str, LayerState],
     stats: Statistics | ReducedStatistics | None,
     examples: jax.Array,
 ) -> dict[str, LayerState]:
     """Factors, then the eigenbasis, then Θ in the new basis, each where it is due."""
+    del due  # each refresh knows by itself
     axis_name = options.axis_name if options.mesh is None else options.mesh_axis
     # Over a mesh reduced statistics are sums over the whole batch already.
     is_split = options.mesh is None or isinstance(stats, Statistics)
@@ -170,6 +178,7 @@ def scale_by_tekfac(
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     mesh_axis: Any = None,
+    shard_state: bool = False,
     factor_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Natural gradient by trace-restricted, eigenvalue-corrected Kronecker factors (TEKFAC).
@@ -209,6 +218,9 @@ def scale_by_tekfac(
             numbers are the same, and each device does all of it.
         mesh_axis: the axis of `mesh` over which the batch is split, or a tuple of axes; None: the
             first.
+        shard_state: with `mesh`, divide factors and eigenvectors over the devices of `mesh_axis`
+            (see `opt_state_sharding`): the memory of a device falls with their number, the basis
+            is gathered in each step, and all of it where something is refreshed.
         factor_dtype: float32 or float64; None: the kernel's dtype, at least float32.
 
     Returns:
@@ -237,7 +249,7 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, factors, rescaling, axis_name,
-        mesh, mesh_axis, factor_dtype,
+        mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
 

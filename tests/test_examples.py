@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+import tekfac_jax as tekfac
+from benchmarks import scaling
 from benchmarks.examples import pmap, shard_map, sharded_jit
 from benchmarks.examples.processes import LOST
 
@@ -57,6 +59,48 @@ def test_four_devices_are_one(way, expected):
     state, loss = WAYS[way](STEPS, 4)
     assert_close(jax.tree.leaves(state.params), expected)
     assert np.isfinite(loss)
+
+
+# --- the scaling benchmark -------------------------------------------------------------------
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_scaling_counts_what_travels():
+    """In every step the gradient, at the intervals triangles of factors, Θ, and the bases."""
+    with jax.enable_x64(True):
+        problem = scaling.Problem()
+        expected = problem.on_one_device()
+        params, program = problem.by_jit(4, shard_state=False)
+        found = scaling.traffic(program)
+    assert scaling.difference(params, expected) <= 1e-10
+    gradient = 8 * sum(p.size for p in jax.tree.leaves(params))
+    assert found.every_step == gradient
+    at_least = at_most = 0
+    for spec in problem.layers.values():
+        i, o = spec.in_dim, spec.out_dim
+        triangles, bases = (i * (i + 1) + o * (o + 1)) // 2, i**2 + o**2
+        at_least += triangles + i * o + bases
+        at_most += triangles + i + o + i * o + bases
+    assert 8 * at_least <= found.where_due <= 8 * at_most
+
+
+@pytest.mark.parametrize("name", scaling.NETWORKS)
+def test_large_networks_are_shared_out_evenly(name):
+    for devices in (2, 4, 8, 16, 32, 64):
+        plan = tekfac.device_plan(scaling.NETWORKS[name], devices)
+        assert plan.balance <= 1.15 * plan.bound
+
+
+def test_layer_lists_of_the_large_networks():
+    """Parameters as published: 25.5 million, 86 and 304 (kernels and their biases)."""
+    sizes = {
+        name: sum(spec.in_dim * spec.out_dim for spec in layers.values()) / 1e6
+        for name, layers in scaling.NETWORKS.items()
+    }
+    assert sizes["ResNet-50"] == pytest.approx(25.5, abs=0.1)
+    assert sizes["ViT-B"] == pytest.approx(86.4, abs=0.4)
+    assert sizes["ViT-L"] == pytest.approx(304, abs=1)
 
 
 # --- processes -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -203,6 +204,78 @@ def test_sharded_jit_is_one_device(shape, kernels, options, mode):
     assert_same(network.on_mesh(mesh_of(*shape), kernels=kernels, **options), expected)
 
 
+class ShardedRun:
+    """Training on a mesh with a divided state, and what it leaves."""
+
+    def __init__(self, network, devices, **options):
+        self.mesh = mesh_of(devices)
+        self.tx = network.transform(mesh=self.mesh, shard_state=True, **options)
+        shapes = jax.eval_shape(self.tx.init, network.params)
+        self.shardings = tekfac.opt_state_sharding(network.layers, self.mesh, shapes)
+        self.state = jax.jit(self.tx.init, out_shardings=self.shardings)(network.params)
+        self.params = jax.device_put(network.params, NamedSharding(self.mesh, P()))
+        self.network = network
+        step = network.step(self.tx)
+        self.step = jax.jit(step, out_shardings=(NamedSharding(self.mesh, P()), self.shardings))
+
+    def run(self, steps):
+        x = jax.device_put(self.network.x, NamedSharding(self.mesh, P("data")))
+        for _ in range(steps):
+            self.params, self.state = self.step(self.params, self.state, x)
+        return self.params
+
+
+@needs_devices
+@limited
+@x64
+@pytest.mark.parametrize("mode", ["raw", pytest.param("reduced", marks=pytest.mark.slow)])
+def test_a_divided_state_gives_the_same_numbers(mode, tmp_path):
+    """On two devices, then from a checkpoint on four; what is read of it is whole."""
+    network = Network(mode)
+    first = ShardedRun(network, 2)
+    first.run(2)
+    plain_state = network.transform().init(network.params)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", (first.params, first.state))
+        checkpointer.wait_until_finished()
+        second = ShardedRun(network, 4)
+        shapes = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            second.state, second.shardings,
+        )  # fmt: skip
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), second.params
+        )
+        second.params, second.state = checkpointer.restore(tmp_path / "state", (params, shapes))
+    assert_same(second.run(2), network.on_one_device(4))
+    shapes = [jax.tree.map(jnp.shape, tekfac.curvature(s)) for s in (second.state, plain_state)]
+    assert shapes[0] == shapes[1]
+    assert set(tekfac.diagnostics(second.state)) == set(tekfac.diagnostics(plain_state))
+    layer = second.state[0].layers["hidden"]
+    for name in ("phi", "psi", "q_phi", "q_psi"):
+        parts = {shard.data.shape for shard in getattr(layer, name).addressable_shards}
+        assert parts == {(getattr(layer, name).size // 4,)}
+
+
+@needs_devices
+@limited
+def test_memory_of_a_divided_state_falls_with_the_devices():
+    """A layer of 500×500: a device keeps a quarter of its four matrices, and all of Θ."""
+    layers = layers_of((500, 500))
+    params = {"layer_0": {"kernel": jnp.zeros((500, 500))}}
+    sizes = {}
+    for devices in (1, 2, 4):
+        mesh = mesh_of(devices)
+        tx = tekfac.scale_by_tekfac(layers, mesh=mesh, shard_state=True)
+        shardings = tekfac.opt_state_sharding(layers, mesh, jax.eval_shape(tx.init, params))
+        state = jax.jit(tx.init, out_shardings=shardings)(params)
+        layer = state.layers["layer_0"]
+        sizes[devices] = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(layer))
+    theta = 4 * 500**2
+    for devices in (2, 4):
+        assert sizes[devices] - theta == pytest.approx((sizes[1] - theta) / devices, rel=0.02)
+
+
 def counting_eigh(monkeypatch):
     """Counts the decompositions that are run, on all devices together."""
     done: list[int] = []
@@ -316,13 +389,14 @@ def test_a_batch_that_cannot_be_divided_is_refused(size):
     [
         ({"mesh": "data"}, r"mesh must be a jax\.sharding\.Mesh, got str"),
         ({"mesh_axis": "data"}, "mesh_axis='data' needs mesh="),
+        ({"shard_state": True}, "shard_state=True needs mesh="),
         ({"mesh": 4, "mesh_axis": "rows"}, r"mesh_axis must be among.*\('data',\).*got 'rows'"),
         ({"mesh": 4, "mesh_axis": ()}, "mesh_axis must be among"),
         ({"mesh": 4, "axis_name": "data"}, "pass one of them"),
     ],
 )
 def test_wrong_meshes_are_refused(options, says):
-    options = {k: mesh_of(v) if isinstance(v, int) else v for k, v in options.items()}
+    options = {k: mesh_of(v) if v == 4 else v for k, v in options.items()}
     with pytest.raises(ValueError, match=says):
         tekfac.scale_by_tekfac(layers_of((3, 3)), **options)
 
