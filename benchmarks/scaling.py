@@ -58,7 +58,8 @@ class Problem:
 
     def loss(self, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         """Half the squared error, its mean over the examples."""
-        return ((self.model.apply({"params": params}, x) - y) ** 2).sum(axis=-1).mean() / 2
+        outputs: Any = self.model.apply({"params": params}, x)
+        return ((outputs - y) ** 2).sum(axis=-1).mean() / 2
 
     def transform(self, **options: Any) -> optax.GradientTransformationExtraArgs:
         """TEKFAC that refreshes something in every step."""
@@ -95,7 +96,7 @@ class Problem:
         program = step.lower(params, state, x, y).compile()
         for _ in range(STEPS):
             params, state = program(params, state, x, y)
-        return params, program.as_text()
+        return params, program.as_text() or ""
 
     def by_shard_map(self, devices: int) -> tuple[Any, str]:
         """The same under `shard_map`."""
@@ -123,7 +124,7 @@ class Problem:
         program = run.lower(params, state, x, y).compile()
         for _ in range(STEPS):
             params, state = program(params, state, x, y)
-        return params, program.as_text()
+        return params, program.as_text() or ""
 
 
 def difference(actual: Any, expected: Any) -> float:

@@ -29,7 +29,7 @@ def train(steps: int, devices: int | None = None) -> tuple[Any, float]:
         return state.apply_gradients(grads=grads, stats=stats, batch_stats=batch_stats), loss
 
     run = jax.pmap(train_step, AXIS, devices=used)
-    loss = None
+    loss: Any = None
     for step in range(steps):
         images, labels = problem.batch(step)
         parts = [x.reshape(len(used), -1, *x.shape[1:]) for x in (images, labels)]

@@ -41,7 +41,7 @@ def train(steps: int, devices: int | None = None, *, check_vma: bool = True) -> 
             check_vma=check_vma,
         )
     )  # fmt: skip
-    loss = None
+    loss: Any = None
     for step in range(steps):
         images, labels = jax.device_put(problem.batch(step), NamedSharding(mesh, split))
         state, loss = run(state, images, labels)

@@ -31,7 +31,7 @@ def train(steps: int, devices: int | None = None) -> tuple[Any, float]:
         (loss, batch_stats), grads, stats = grad_fn(state.params, state.batch_stats, images, labels)
         return state.apply_gradients(grads=grads, stats=stats, batch_stats=batch_stats), loss
 
-    loss = None
+    loss: Any = None
     for step in range(steps):
         images, labels = jax.device_put(problem.batch(step), split)
         state, loss = train_step(state, images, labels)
