@@ -193,46 +193,55 @@ def _bytes(line: str) -> int:
 # --- two large networks ----------------------------------------------------------------------
 
 
-def dense(path: str, inputs: int, outputs: int, *, bias: bool = True) -> LayerSpec:
-    """A dense layer."""
+def dense(path: str, inputs: int, outputs: int, positions: int = 1) -> LayerSpec:
+    """A dense layer with a bias."""
     return LayerSpec(
-        path=path, kind="dense", kernel_shape=(inputs, outputs), contracted=1, use_bias=bias,
-        dtype="float32", axes=(-1,),
+        path=path, kind="dense", kernel_shape=(inputs, outputs), contracted=1, use_bias=True,
+        dtype="float32", axes=(-1,), positions=positions,
     )  # fmt: skip
 
 
-def conv(path: str, inputs: int, outputs: int, window: int) -> LayerSpec:
-    """A square convolution without bias."""
+def conv(path: str, inputs: int, outputs: int, window: int, width: int) -> LayerSpec:
+    """A square convolution without bias, whose output is `width` positions wide."""
     return LayerSpec(
         path=path, kind="conv", kernel_shape=(window, window, inputs, outputs), contracted=3,
         use_bias=False, dtype="float32", strides=(1, 1), dilation=(1, 1), padding="SAME",
+        positions=width**2,
     )  # fmt: skip
 
 
 def resnet50() -> tekfac.Layers:
-    """The 53 convolutions and the dense layer of ResNet-50 (He et al. 2016, Table 1)."""
-    specs, inputs = [conv("stem", 3, 64, 7)], 64
-    for stage, (blocks, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
+    """The 53 convolutions and the dense layer of ResNet-50 (He et al. 2016, Table 1), at 224×224.
+
+    The second convolution of a block has the stride, as is usual.
+    """
+    specs, inputs = [conv("stem", 3, 64, 7, 112)], 64
+    for stage, (blocks, features) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)]):
+        size = 56 // 2**stage
         for block in range(blocks):
-            path = f"stage_{stage}/block_{block}"
-            specs.append(conv(f"{path}/reduce", inputs, width, 1))
-            specs.append(conv(f"{path}/middle", width, width, 3))
-            specs.append(conv(f"{path}/expand", width, 4 * width, 1))
+            path, before = f"stage_{stage}/block_{block}", size
             if block == 0:
-                specs.append(conv(f"{path}/shortcut", inputs, 4 * width, 1))
-            inputs = 4 * width
+                specs.append(conv(f"{path}/shortcut", inputs, 4 * features, 1, size))
+                before = 56 // 2 ** max(0, stage - 1)
+            specs.append(conv(f"{path}/reduce", inputs, features, 1, before))
+            specs.append(conv(f"{path}/middle", features, features, 3, size))
+            specs.append(conv(f"{path}/expand", features, 4 * features, 1, size))
+            inputs = 4 * features
     return tekfac.Layers((*specs, dense("head", 2048, 1000)))
 
 
 def vit(width: int, depth: int) -> tekfac.Layers:
-    """The dense layers of a vision transformer for 224×224 (Dosovitskiy et al. 2021, Table 1)."""
-    specs = [dense("patches", 16 * 16 * 3, width)]
+    """The dense layers of a vision transformer (Dosovitskiy et al. 2021, Table 1), at 224×224.
+
+    Patches of 16×16, and one class token.
+    """
+    specs = [dense("patches", 16 * 16 * 3, width, 196)]
     for block in range(depth):
         path = f"block_{block}"
-        specs += [
-            dense(f"{path}/{name}", width, width) for name in ("query", "key", "value", "out")
-        ]
-        specs += [dense(f"{path}/up", width, 4 * width), dense(f"{path}/down", 4 * width, width)]
+        for name in ("query", "key", "value", "out"):
+            specs.append(dense(f"{path}/{name}", width, width, 197))
+        specs.append(dense(f"{path}/up", width, 4 * width, 197))
+        specs.append(dense(f"{path}/down", 4 * width, width, 197))
     return tekfac.Layers((*specs, dense("head", width, 1000)))
 
 
@@ -247,6 +256,77 @@ def state_bytes(layers: tekfac.Layers, devices: int, *, shard_state: bool) -> in
         total += 4 * spec.in_dim * spec.out_dim
         total += squares // devices if shard_state else squares
     return total
+
+
+# --- on paper --------------------------------------------------------------------------------
+
+
+class Machine(NamedTuple):
+    """Rates that a step is reckoned with. Assumptions: nothing here was measured.
+
+    Attributes:
+        forward: flop/s of forward and backward, in half precision.
+        contraction: flop/s of rotations and statistics, in three passes of half precision.
+        eigh: flop/s of an eigendecomposition, counted as 9 d³ flop.
+        link: bytes/s that a device sends and receives, in a group of up to 8.
+        network: the same in larger groups.
+    """
+
+    forward: float = 120e12
+    contraction: float = 40e12
+    eigh: float = 1e12
+    link: float = 100e9
+    network: float = 25e9
+
+
+class Seconds(NamedTuple):
+    """One step, on average over the intervals."""
+
+    forward_backward: float
+    gradients: float  # their sum over devices
+    rotations: float  # of each device, of all layers: these are not divided
+    statistics: float  # factors and Θ of a device's own examples
+    decompositions: float  # of the device that has most to do
+    curvature: float  # factors, Θ and bases on their way
+
+    @property
+    def sgd(self) -> float:
+        """What a step of SGD takes of it."""
+        return self.forward_backward + self.gradients
+
+
+def on_paper(
+    layers: tekfac.Layers, devices: int, *, examples: int = 64, machine: Machine = Machine(),  # noqa: B008
+    factors: int = 50, rescaling: int = 50, eigenbasis: int = 200,
+) -> Seconds:  # fmt: skip
+    """A step with so many examples on each device, at these intervals."""
+    forward = rotations = factor = theta = 0.0
+    parameters = triangles = bases = 0
+    for spec in layers.values():
+        t, i, o = spec.positions, spec.in_dim, spec.out_dim
+        forward += 2 * t * i * o
+        rotations += 4 * i * o * (i + o)
+        gram = 2 * t * (i**2 + o**2) if t == 1 else 2 * t * i * o + 2 * i * o * (0.75 * i + o)
+        factor += gram
+        theta += 2 * t * i * o + 2 * min(t, o) * i**2 + 2 * min(t, i) * o**2
+        parameters += i * o
+        triangles += (i * (i + 1) + o * (o + 1)) // 2
+        bases += i**2 + o**2
+    plan = tekfac.device_plan(layers, devices)
+    rate = machine.link if devices <= 8 else machine.network
+
+    def summed(numbers: int) -> float:
+        return 2 * (devices - 1) / devices * 4 * numbers / rate
+
+    return Seconds(
+        forward_backward=3 * forward * examples / machine.forward,
+        gradients=summed(parameters),
+        rotations=rotations / machine.contraction,
+        statistics=(factor / factors + theta / rescaling) * examples / machine.contraction,
+        decompositions=9 * max(plan.loads) / machine.eigh / eigenbasis,
+        curvature=summed(triangles) / factors + summed(parameters) / rescaling
+        + summed(bases) / eigenbasis,
+    )  # fmt: skip
 
 
 # --- report ----------------------------------------------------------------------------------
@@ -313,6 +393,21 @@ def main() -> None:
         sizes = [state_bytes(layers, 1, shard_state=False)]
         sizes += [state_bytes(layers, n, shard_state=True) for n in (8, 64, 512)]
         table.add_row(name, *(f"{size / 2**20:,.0f}" for size in sizes))
+    console.print(table)
+
+    table = _table(
+        "On paper: ms of a step with 64 examples on each device, intervals 50/200/50 (`Machine` "
+        "has the assumptions; nothing was measured)",
+        "network", "devices", "SGD", "rotations", "statistics", "eigh", "traffic", "ratio",
+    )  # fmt: skip
+    for name in ("ResNet-50", "ViT-L"):
+        for n in (8, 64, 512):
+            found = on_paper(NETWORKS[name], n)
+            parts = (*found[2:],)
+            table.add_row(
+                name, str(n), f"{1e3 * found.sgd:.1f}", *(f"{1e3 * part:.1f}" for part in parts),
+                f"{sum(found) / found.sgd:.2f}",
+            )  # fmt: skip
     console.print(table)
 
 
