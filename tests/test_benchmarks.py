@@ -539,7 +539,7 @@ def test_images_that_patches_do_not_divide_are_refused():
 
 
 def test_transformer_sees_no_later_character():
-    model = Transformer(num_classes=5, width=8)
+    model = Transformer(num_classes=5, width=8, depth=2)
     rng = np.random.default_rng(0)
     x = rng.integers(5, size=(2, 12)).astype(np.int32)
     variables = model.init(jax.random.key(0), x)
@@ -600,7 +600,7 @@ def test_transformers_learn(model, data, rate, accuracy):
 
 def test_evaluation_is_a_mean_over_characters():
     alice = load_dataset("alice", subset=40)
-    task = Task(alice, Transformer(alice.num_classes, width=8), batch_size=40)
+    task = Task(alice, Transformer(alice.num_classes, width=8, depth=1), batch_size=40)
     state = Trainer(task, "sgd", FREQUENT).initial_state(0)
     loss, accuracy = task.evaluate(state, "test")
     logits = task.model.apply({"params": state.params}, alice.test_inputs)
