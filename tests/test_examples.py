@@ -170,14 +170,31 @@ def test_processes_are_one(processes, expected, tmp_path):
     assert_close(parameters(tmp_path), expected)
 
 
+def started(job, i=1):
+    """Waits until a process has trained for some steps."""
+    end = time.monotonic() + 200
+    while "step 5:" not in job.log(i) and time.monotonic() < end:
+        time.sleep(0.2)
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_without_the_coordinator_jax_ends_the_others(tmp_path):
+    """The first process holds the job together; what is left ends at once, with JAX's message."""
+    job = started(Job(2, tmp_path, 100_000, timeout=30))
+    job.running[0].send_signal(signal.SIGKILL)
+    codes = job.wait(90)
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] != 0
+    assert "process" in job.log(1) or "coordination" in job.log(1).lower()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_lost_process_ends_the_job_which_another_number_continues(expected, tmp_path):
     """The one that is left ends with a sentence within the time limit, and nothing is lost."""
-    job = Job(2, tmp_path, 100_000, timeout=30)
-    end = time.monotonic() + 200
-    while "step 5:" not in job.log(1) and time.monotonic() < end:
-        time.sleep(0.2)
+    job = started(Job(2, tmp_path, 100_000, timeout=30))
     job.running[1].send_signal(signal.SIGKILL)
     codes = job.wait(60)
     assert codes == [LOST, -signal.SIGKILL], job.log(0)

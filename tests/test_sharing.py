@@ -374,6 +374,34 @@ def test_a_batch_that_is_filled_up(mode):
 
 @needs_devices
 @limited
+@x64
+def test_accumulation_on_devices_is_the_whole_batch():
+    """Two micro-batches on each of two devices, added up there, then over the devices."""
+    network = Network("reduced")
+    expected = network.on_one_device(3)
+    tx = network.transform(axis_name="data")
+    fn = tekfac.value_grad_and_stats(network.loss, network.layers, mode="reduced")
+
+    def step(params, state, x):
+        parts = [fn(params, part, opt_state=state)[1:] for part in jnp.split(x, 2)]
+        grads, stats = jax.tree.map(jnp.add, *parts)
+        grads = jax.lax.pmean(jax.tree.map(lambda g: g / 2, grads), "data")
+        updates, state = tx.update(grads, state, params, stats=stats)
+        return optax.apply_updates(params, updates), state
+
+    run = jax.jit(
+        jax.shard_map(
+            step, mesh=mesh_of(2), in_specs=(P(), P(), P("data")), out_specs=P(), check_vma=False
+        )
+    )
+    params, state = network.params, tx.init(network.params)
+    for _ in range(3):
+        params, state = run(params, state, network.x)
+    assert_same(params, expected)
+
+
+@needs_devices
+@limited
 @pytest.mark.parametrize("size", [3, 13])
 def test_a_batch_that_cannot_be_divided_is_refused(size):
     network = Network()
