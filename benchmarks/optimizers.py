@@ -35,6 +35,7 @@ class Curvature(NamedTuple):
     eigenbasis_interval: int
     rescaling_interval: int
     damping: Any = "auto"
+    stagger: bool = False
 
 
 def library_interval(name: str) -> int:

@@ -66,6 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", default="cnn,resnet20", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15, help="how often every step is timed")
+    parser.add_argument(
+        "--spikes", action="store_true", help="time every step of an interval too, staggered or not"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
     try:
@@ -77,6 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         exit_with(error, "speed")
     results = {name: measure(name, options.batch_size, options.rounds) for name in names}
+    if options.spikes:
+        for name in names:
+            results[name]["spikes"] = measure_spikes(name, options.batch_size)
     _show(results)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -141,6 +147,39 @@ def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_spikes(name: str, batch_size: int, *, interval: int = 50, rounds: int = 3) -> Any:
+    """The worst step of an interval over the median one, with `stagger` and without.
+
+    All three refreshes have the same interval. Each of its steps is timed `rounds` times, in
+    turn with the other kind, and counts with the median; the first interval, in which everything is
+    new, is left out.
+    """
+    model, shape = MODELS[name]
+    task = Task(_random_data(shape, batch_size), model, batch_size)
+    batch = next(task.batches(seed=0, epoch=0))
+    kinds = {"together": False, "staggered": True}
+    trainers = {
+        kind: Trainer(task, "tekfac", Curvature(interval, interval, interval, stagger=stagger))
+        for kind, stagger in kinds.items()
+    }
+    states = {kind: trainer.initial_state(0) for kind, trainer in trainers.items()}
+    times: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    for _ in range(1 + rounds):
+        for kind in kinds:
+            times[kind].append([])
+        for _ in range(interval):
+            for kind, trainer in trainers.items():
+                started = time.perf_counter()
+                states[kind], loss = trainer.compiled(states[kind], *batch, jnp.float32(1e-4))
+                jax.block_until_ready((states[kind], loss))
+                times[kind][-1].append(time.perf_counter() - started)
+    spikes = {}
+    for kind, by_round in times.items():
+        steps = np.median(by_round[1:], axis=0)
+        spikes[kind] = float(steps.max() / np.median(steps))
+    return spikes
+
+
 def _amortised(ratios: dict[str, float], intervals: tuple[int, int, int]) -> float:
     """Mean cost of a step: the off-step, and each refresh's surplus over its interval."""
     kinds = ("factors", "eigenbasis", "rescaling")
@@ -179,6 +218,10 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
     for what, unit in (("compile_seconds", "compile, s"), ("temporary_mib", "temporary, MiB")):
         cells = (", ".join(f"{o} {v:.1f}" for o, v in r[what].items()) for r in results.values())
         table.add_row(unit, *cells)
+    if all("spikes" in r for r in results.values()):
+        for kind in ("together", "staggered"):
+            cells = (f"{r['spikes'][kind]:.2f}" for r in results.values())
+            table.add_row(f"worst step over median, {kind}", *cells)
     table.add_row("SGD step, ms", *(f"{r['sgd_ms']:.1f}" for r in results.values()))
     Console(width=100).print(table)
 

@@ -23,6 +23,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
+
+
 class Options(NamedTuple):
     """Arguments of `scale_by_tekfac` and its siblings."""
 
@@ -37,6 +40,7 @@ class Options(NamedTuple):
     fc_damping: FcDamping = "beta"
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
+    stagger: bool = False
     axis_name: Any = None
     mesh: Any = None
     mesh_axis: Any = None
@@ -50,8 +54,13 @@ def validate(layers: Any, options: Options) -> Options:
         raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
     if not layers:
         raise ValueError("layers is empty: there is nothing to precondition")
-    for name in ("factor_interval", "eigenbasis_interval", "rescaling_interval"):
+    for name in _INTERVALS:
         _check_interval(name, getattr(options, name))
+    if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
+        raise ValueError(
+            "stagger=True lays the steps out when the transformation is made: give the intervals "
+            "as Python numbers, not as arrays or injected hyperparameters"
+        )
     for name in ("factor_decay", "rescaling_decay"):
         check_number(name, getattr(options, name), 0, 1, "0 keeps only the newest value")
     check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")

@@ -79,6 +79,7 @@ class Tools(NamedTuple):
     options: Options
     step: jax.Array
     devices: Devices
+    offset: int  # of the steps at which this layer is refreshed
 
     def refresh(
         self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
@@ -102,7 +103,7 @@ class Tools(NamedTuple):
         return functools.reduce(jnp.logical_and, finite)
 
     def at_interval(self, interval: int) -> jax.Array:
-        return self.step % interval == 0
+        return (self.step - self.offset) % interval == 0
 
     @property
     def kind_of_factors(self) -> Factors:
@@ -171,11 +172,12 @@ def update_eigenbases(
         return lax.cond(jnp.any(due[path]), function, lambda layer: zeros(), layer)
 
     def run(layers: dict[str, LayerState]) -> dict[str, LayerState]:
-        devices = next(iter(tools.values())).devices
-        bases = devices.gathered({path: own(path, layer) for path, layer in layers.items()})
+        bases = {path: own(path, layer) for path, layer in layers.items()}
         return {
             path: tools[path].refresh(
-                due[path], lambda layer, path=path: _adopt(layer, *bases[path]), layer
+                due[path],
+                lambda layer, path=path: _adopt(layer, *tools[path].devices.gathered(bases[path])),
+                layer,
             )
             for path, layer in layers.items()
         }

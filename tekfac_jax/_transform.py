@@ -36,6 +36,7 @@ from tekfac_jax._refresh import (
     update_rescaling,
     update_running_rescaling,
 )
+from tekfac_jax._schedule import offsets
 from tekfac_jax._sharding import keep_folded, over_mesh
 from tekfac_jax._state import (
     LayerState,
@@ -53,6 +54,12 @@ from tekfac_jax._state import (
 def _algorithm(
     layers: Layers, member: Member, options: Options
 ) -> optax.GradientTransformationExtraArgs:
+    offset = dict.fromkeys(layers, 0)
+    if options.stagger:
+        offset = offsets(
+            layers, options.factor_interval, options.eigenbasis_interval, options.rescaling_interval
+        )
+
     def init(params: Any) -> ScaleByTekfacState:
         del params  # the structure comes from `layers`: optax calls init with placeholders
         return initial_state(layers, options.factor_dtype, fold=options.shard_state)
@@ -73,14 +80,14 @@ def _algorithm(
         if isinstance(stats, ReducedStatistics):
             theta_needed = member.measured and not running
             check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
-        refresh = functools.partial(_refresh_curvature, layers, member, options)
+        refresh = functools.partial(_refresh_curvature, layers, member, options, offset)
         if options.mesh is not None:
             refresh = over_mesh(refresh, layers, options)
         kept = refresh(state.count, state.due, state.layers, stats, batch.summed)
         new = {path: unfolded(layer) for path, layer in kept.items()}
         if running:
             for path, gradient in gradients.items():
-                tools = Tools(layers[path], member, options, state.count, Devices())
+                tools = Tools(layers[path], member, options, state.count, Devices(), offset[path])
                 new[path] = update_running_rescaling(tools, new[path], gradient, batch)
 
         theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
@@ -104,7 +111,7 @@ def _algorithm(
         count = jnp.asarray(optax.safe_increment(state.count))
         return (
             scatter_matrices(updates, layers, directions),
-            ScaleByTekfacState(count, _next_due(count, new, options), new),
+            ScaleByTekfacState(count, _next_due(count, new, options, offset), new),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -114,6 +121,7 @@ def _refresh_curvature(
     layers: Layers,
     member: Member,
     options: Options,
+    offset: Mapping[str, int],
     step: jax.Array,
     due: jax.Array,
     states: dict[str, LayerState],
@@ -126,7 +134,10 @@ def _refresh_curvature(
     # Over a mesh reduced statistics are sums over the whole batch already.
     is_split = options.mesh is None or isinstance(stats, Statistics)
     devices = devices_of(layers, axis_name, split=is_split)
-    tools = {path: Tools(spec, member, options, step, devices) for path, spec in layers.items()}
+    tools = {
+        path: Tools(spec, member, options, step, devices, offset[path])
+        for path, spec in layers.items()
+    }
     new = dict(states)
 
     def each(update: Callable[..., LayerState], sources: Mapping[str, Source]) -> None:
@@ -151,9 +162,12 @@ def _refresh_curvature(
     return new
 
 
-def _next_due(count: jax.Array, layers: dict[str, LayerState], options: Options) -> jax.Array:
+def _next_due(
+    count: jax.Array, layers: dict[str, LayerState], options: Options, offset: Mapping[str, int]
+) -> jax.Array:
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
-    due = [count % interval == 0 for interval in intervals]
+    own = jnp.asarray(sorted(set(offset.values())), count.dtype)
+    due = [jnp.any((count - own) % interval == 0) for interval in intervals]
     missing = [jnp.any(~layer.basis_valid | (layer.theta_weight == 0)) for layer in layers.values()]
     return jnp.any(jnp.stack([*due, *missing]))
 
@@ -175,6 +189,7 @@ def scale_by_tekfac(
     fc_damping: FcDamping = "beta",
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
+    stagger: bool = False,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     mesh_axis: Any = None,
@@ -211,6 +226,9 @@ def scale_by_tekfac(
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
             mini-batch gradient alone, which must be the mean over the batch; needs no
             statistics but ``batch_size=`` at update, and is biased.
+        stagger: spread the refreshes of different layers over the interval, so that no step is much
+            longer than the others; the first step with statistics refreshes all of them. Then
+            nearly every step uses statistics.
         axis_name: name of the `pmap` or `shard_map` axis over which the batch is split, or a tuple
             of names. Sums are added up over it and eigendecompositions shared out
             (`device_plan`).
@@ -248,7 +266,7 @@ def scale_by_tekfac(
     """
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
-        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, axis_name,
+        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, stagger, axis_name,
         mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))

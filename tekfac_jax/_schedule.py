@@ -1,0 +1,44 @@
+"""When each layer's curvature is refreshed: all at once, or spread over the interval."""
+
+import math
+
+import numpy as np
+
+from tekfac_jax._layers import Layers, LayerSpec
+
+_EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
+
+
+def offsets(
+    layers: Layers, factor_interval: int, eigenbasis_interval: int, rescaling_interval: int
+) -> dict[str, int]:
+    """For each layer the step at which its refreshes are due, counted modulo each interval.
+
+    One offset for all three, so that they keep the paper's order. The most expensive layer first,
+    each where the busiest of the steps that it falls on is least busy, by flop count.
+    """
+    intervals = (factor_interval, eigenbasis_interval, rescaling_interval)
+    cycle = math.lcm(*intervals)
+    load = np.zeros(cycle)
+    costs = {path: _costs(spec) for path, spec in layers.items()}
+    found = {}
+    for path in sorted(costs, key=lambda path: -sum(costs[path])):
+        options = []
+        for offset in range(max(intervals)):
+            own = np.zeros(cycle)
+            for cost, interval in zip(costs[path], intervals, strict=True):
+                own[offset % interval :: interval] += cost
+            options.append((np.max(np.where(own > 0, load + own, 0)), offset, own))
+        _, offset, own = min(options, key=lambda option: option[:2])
+        load += own
+        found[path] = offset
+    return found
+
+
+def _costs(spec: LayerSpec) -> tuple[float, float, float]:
+    """Flop of factors, decompositions and Θ."""
+    t, i, o, lead = spec.positions, spec.in_dim, spec.out_dim, math.prod(spec.lead)
+    factors = 2 * t * i * o + (2 * i * o * (i + o) if t > 1 else 2 * (i**2 + o**2))
+    rescaling = 2 * t * i * o + 2 * min(t, o) * i**2 + 2 * min(t, i) * o**2
+    decompositions = 9 * (i**3 * spec.has_input_basis + o**3)
+    return lead * _EXAMPLES * factors, lead * decompositions, lead * _EXAMPLES * rescaling
