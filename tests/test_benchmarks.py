@@ -1,5 +1,6 @@
 """The benchmarks: what is read from disk, what is refused, and one short comparison."""
 
+import functools
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
-from benchmarks import memory, text
+from benchmarks import memory, speed, text
 from benchmarks.cifar import VARIANTS
 from benchmarks.data import DataError, load_dataset
 from benchmarks.errors import UsageError
@@ -700,3 +701,20 @@ def test_memory_benchmark(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         memory.main(["--depth", "0"])
     assert end.value.code == 2
+
+
+@pytest.mark.slow
+def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "measure_spikes", functools.partial(
+        speed.measure_spikes, interval=3, rounds=1
+    ))  # fmt: skip
+    speed.main(["--models", "cnn", "--batch-size", "8", "--rounds", "2", "--spikes",
+                "--out", str(tmp_path)])  # fmt: skip
+    found = json.loads((tmp_path / "speed.json").read_text())["results"]["cnn"]
+    assert set(found["ratios"]) >= {"off", "factors", "eigenbasis", "rescaling", "all three"}
+    assert min(found["ratios"].values()) > 0
+    assert set(found["spikes"]) == {"together", "staggered"}
+    assert min(found["spikes"].values()) >= 1
+    assert "worst step over median, staggered" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        speed.main(["--rounds", "0"])
