@@ -3,10 +3,11 @@
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from tekfac_jax import _embedding, _norms, _statistics
-from tekfac_jax._layers import LayerSpec
-from tekfac_jax._statistics import Contraction
+from tekfac_jax._layers import LayerSpec, keeps_all
+from tekfac_jax._statistics import Contraction, Rescaling
 
 Factors = Literal["exact", "location", "plain"]
 
@@ -17,9 +18,9 @@ def factors_of(spec: LayerSpec, kind: Factors) -> Contraction:
 
 
 def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> Contraction:
-    """Θ in a basis; `q_phi` is None for an embedding."""
+    """Θ in a basis, and the rest outside of it; `q_phi` is None for an embedding."""
 
-    def contract(a: jax.Array, u: jax.Array) -> jax.Array:
+    def theta(a: jax.Array, u: jax.Array) -> jax.Array:
         if q_phi is None:
             if spec.attended:
                 return _embedding.attended_rescaling(a, u, q_psi)
@@ -27,6 +28,18 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
         if spec.kind == "norm":
             return _norms.rescaling(a, u, q_phi)
         return _statistics.rescaling(a, u, q_phi, q_psi)
+
+    def norms(a: jax.Array, u: jax.Array) -> jax.Array:
+        if q_phi is None and not spec.attended:
+            return _embedding.squared_norms(a, u, spec.in_dim)
+        return _statistics.squared_norms(a, u)
+
+    def contract(a: jax.Array, u: jax.Array) -> Rescaling:
+        found = theta(a, u)
+        kept = jnp.sum(found, axis=(-2, -1))
+        if keeps_all(spec, found.shape):
+            return Rescaling(found, jnp.zeros_like(kept))
+        return Rescaling(found, norms(a, u) - kept)
 
     return contract
 

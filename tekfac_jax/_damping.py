@@ -14,15 +14,23 @@ FcDamping = Literal["beta", "own"]
 FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
 
 
-def trace_damping(theta: jax.Array, trace_floor: jax.Array | float) -> jax.Array:
-    """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue."""
-    traces = jnp.sum(theta, axis=(-2, -1))
-    return jnp.maximum(traces, trace_floor) / (theta.shape[-2] * theta.shape[-1])
+def trace_damping(
+    spec: LayerSpec, theta: jax.Array, rest: jax.Array, trace_floor: jax.Array | float
+) -> jax.Array:
+    """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue, (*lead) or what broadcasts to it.
+
+    The features of a normalisation are one layer together.
+    """
+    traces, number = jnp.sum(theta, axis=(-2, -1)) + rest, spec.in_dim * spec.out_dim
+    if spec.kind == "norm" and spec.groups > 1:
+        traces, number = jnp.sum(traces, axis=-1, keepdims=True), number * spec.groups
+    return jnp.maximum(traces, trace_floor) / number
 
 
 def layer_dampings(
     layers: Layers,
     theta: Mapping[str, jax.Array],
+    rest: Mapping[str, jax.Array],
     valid: Mapping[str, jax.Array],
     *,
     damping: Damping,
@@ -35,6 +43,7 @@ def layer_dampings(
     Args:
         layers: all layers of the network.
         theta: debiased Θ of each layer, (*lead, in[+1], out).
+        rest: debiased trace outside of the columns that are kept, (*lead).
         valid: whether that Θ can be used, (*lead).
         damping: ``"trace"`` (Eq. 3.5), a number (Eq. 3.4), or ``"auto"``: trace damping in a
             network with conv layers, `FIXED_DAMPING` in another.
@@ -50,8 +59,7 @@ def layer_dampings(
     def own(path: str) -> jax.Array:
         dtype = theta[path].dtype
         if isinstance(damping, str):
-            rule = trace_damping(_as_one_layer(layers[path], theta[path]), trace_floor)
-            rule = rule.reshape(*rule.shape, *[1] * (len(layers[path].lead) - rule.ndim))
+            rule = trace_damping(layers[path], theta[path], rest[path], trace_floor)
         else:
             rule = jnp.asarray(damping, dtype)
         return jnp.broadcast_to(rule * damping_scale, layers[path].lead).astype(dtype)
@@ -65,13 +73,6 @@ def layer_dampings(
                 own_dtype = dampings[path].dtype
                 dampings[path] = jnp.where(beta > 0, beta.astype(own_dtype), dampings[path])
     return dampings
-
-
-def _as_one_layer(spec: LayerSpec, theta: jax.Array) -> jax.Array:
-    """Θ; of a normalisation that of all its features together, for they are one layer."""
-    if spec.kind != "norm":
-        return theta
-    return theta.reshape(*spec.stack, -1, 1)
 
 
 def _is_fully_connected(spec: LayerSpec) -> bool:

@@ -65,7 +65,7 @@ def _small_eigh(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
 
 
 def trace(
-    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"], q: Float[Array, "*lead d d"] | None
+    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"], q: Float[Array, "*lead d r"] | None
 ) -> Float[Array, "*lead"]:
     """The trace of each factor; without a basis it is the vector of a diagonal."""
     return jnp.sum(factor, axis=-1) if q is None else jnp.trace(factor, axis1=-2, axis2=-1)
@@ -73,8 +73,8 @@ def trace(
 
 def eigenvalues_in(
     factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"],
-    q: Float[Array, "*lead d d"] | None,
-) -> Float[Array, "*lead d"]:
+    q: Float[Array, "*lead d r"] | None,
+) -> Float[Array, "*lead r"]:
     """diag(Qᵀ X Q), not below zero: the eigenvalues where Q is the factor's own eigenbasis."""
     if q is None:
         return jnp.maximum(factor, 0)
@@ -83,41 +83,77 @@ def eigenvalues_in(
 
 
 def transport(
-    theta: Float[Array, "*lead i o"],
-    old: tuple[Float[Array, "*lead i i"] | None, Float[Array, "*lead o o"]],
-    new: tuple[Float[Array, "*lead i i"] | None, Float[Array, "*lead o o"]],
-) -> Float[Array, "*lead i o"]:
+    theta: Float[Array, "*lead r p"],
+    rest: Float[Array, "*lead"],
+    old: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
+    new: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
+) -> tuple[Float[Array, "*lead r p"], Float[Array, "*lead"]]:
     """Θ of an old basis seen in a new one: (R_Φ∘R_Φ)ᵀ Θ (R_Ψ∘R_Ψ) with R = Q_oldᵀ Q_new.
 
     The diagonal of the old operator in the new basis. Keeps the trace and the sign, and undoes
-    exactly what `eigh` may do to the order and the signs of its columns.
+    exactly what `eigh` may do to the order and the signs of its columns. Outside of the columns
+    that are kept the old operator is θ⊥, and `rest` is what of its trace lies there.
     """
     (old_phi, old_psi), (new_phi, new_psi) = old, new
+    perp = outside(theta, rest, old)
+    moved = theta - perp[..., None, None]
     if old_phi is not None and new_phi is not None:
         r_phi = jnp.matmul(old_phi.mT, new_phi, precision=HIGHEST) ** 2
-        theta = jnp.matmul(r_phi.mT, theta, precision=HIGHEST)
+        moved = jnp.matmul(r_phi.mT, moved, precision=HIGHEST)
     r_psi = jnp.matmul(old_psi.mT, new_psi, precision=HIGHEST) ** 2
-    return jnp.matmul(theta, r_psi, precision=HIGHEST)
+    moved = jnp.matmul(moved, r_psi, precision=HIGHEST) + perp[..., None, None]
+    if _number_outside(theta, old) == 0:
+        return moved, rest
+    total = jnp.sum(theta, axis=(-2, -1)) + rest
+    return moved, jnp.maximum(total - jnp.sum(moved, axis=(-2, -1)), 0)
+
+
+def outside(
+    theta: Float[Array, "*lead r p"],
+    rest: Float[Array, "*lead"],
+    q: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
+) -> Float[Array, "*lead"]:
+    """θ⊥: the mean eigenvalue outside of the columns that are kept; zero where all are."""
+    return rest / max(1, _number_outside(theta, q))
+
+
+def _number_outside(theta: Array, q: tuple[Array | None, Array]) -> int:
+    q_phi, q_psi = q
+    rows = theta.shape[-2] if q_phi is None else q_phi.shape[-2]
+    return rows * q_psi.shape[-2] - theta.shape[-2] * theta.shape[-1]
 
 
 def rotate(
     g: Float[Array, "*lead i o"],
-    q_phi: Float[Array, "*lead i j"] | None,
+    q_phi: Float[Array, "*lead i r"] | None,
     q_psi: Float[Array, "*lead o p"],
-) -> Float[Array, "*lead j p"]:
-    """Q_Φᵀ G Q_Ψ: (Q_Φ⊗Q_Ψ)ᵀ vec(G), row-major."""
-    if q_phi is not None:
-        g = jnp.matmul(q_phi.mT, g, precision=HIGHEST)
-    return jnp.matmul(g, q_psi, precision=HIGHEST)
+) -> Float[Array, "*lead r p"]:
+    """Q_Φᵀ G Q_Ψ: (Q_Φ⊗Q_Ψ)ᵀ vec(G), row-major; the side first that leaves less to the other."""
+    if q_phi is None:
+        return jnp.matmul(g, q_psi, precision=HIGHEST)
+    (i, r), (o, p) = q_phi.shape[-2:], q_psi.shape[-2:]
+    if r * o * (i + p) <= p * i * (o + r):
+        return jnp.matmul(jnp.matmul(q_phi.mT, g, precision=HIGHEST), q_psi, precision=HIGHEST)
+    return jnp.matmul(q_phi.mT, jnp.matmul(g, q_psi, precision=HIGHEST), precision=HIGHEST)
 
 
 def precondition(
     g: Float[Array, "*lead i o"],
-    q_phi: Float[Array, "*lead i i"] | None,
-    q_psi: Float[Array, "*lead o o"],
-    theta: Float[Array, "*lead i o"],
+    q_phi: Float[Array, "*lead i r"] | None,
+    q_psi: Float[Array, "*lead o p"],
+    theta: Float[Array, "*lead r p"],
+    rest: Float[Array, "*lead"],
     damping: Float[Array, "*lead"],
 ) -> Float[Array, "*lead i o"]:
-    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ: Algorithm 1's three lines before the step (Eq. 3.9)."""
-    scaled = rotate(g, q_phi, q_psi) / (theta + damping[..., None, None])
-    return rotate(scaled, None if q_phi is None else q_phi.mT, q_psi.mT)
+    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ: Algorithm 1's three lines before the step (Eq. 3.9).
+
+    Where not all columns are kept the operator is θ⊥ outside of them, and so the update there
+    G / (θ⊥ + λ).
+    """
+    back = (None if q_phi is None else q_phi.mT), q_psi.mT
+    damping = damping[..., None, None]
+    rotated = rotate(g, q_phi, q_psi)
+    if _number_outside(theta, (q_phi, q_psi)) == 0:
+        return rotate(rotated / (theta + damping), *back)
+    perp = outside(theta, rest, (q_phi, q_psi))[..., None, None] + damping
+    return g / perp + rotate(rotated * (1 / (theta + damping) - 1 / perp), *back)

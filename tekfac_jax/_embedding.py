@@ -64,6 +64,14 @@ def _rows_of_gradient(
     return ids, jnp.where(is_first[..., None], g, 0)
 
 
+def squared_norms(
+    a: Float[Array, "*lead n t 1"], u: Float[Array, "*lead n t o"], rows: int
+) -> Float[Array, "*lead"]:
+    """Σ_n ‖G_n‖²."""
+    _, g = _rows_of_gradient(a, u, rows)
+    return jnp.sum(g**2, axis=(-3, -2, -1))
+
+
 def attended_contractions() -> dict[str, Contraction]:
     """The same for a table that is attended: `a` [*lead, n, t, rows] is what meets each row."""
 

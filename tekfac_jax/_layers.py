@@ -276,6 +276,11 @@ def _groups_first(spec: LayerSpec, x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x, -2, -3) if spec.groups > 1 else x[..., 0, :]
 
 
+def keeps_all(spec: LayerSpec, theta_shape: tuple[int, ...]) -> bool:
+    """Whether a Θ of that shape belongs to a basis with all columns."""
+    return theta_shape[-2:] == (spec.in_dim, spec.out_dim)
+
+
 def call_positions(spec: LayerSpec, output_shape: tuple[int, ...]) -> int:
     """T of one call, from the shape of the layer's output (without stacked axes)."""
     features = len(spec.bias_shape)

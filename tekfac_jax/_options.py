@@ -18,6 +18,7 @@ from tekfac_jax._layers import Layers
 Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
 FactorKind = Literal["exact", "location"]
 Rescaling = Literal["exact", "running"]
+BasisRank = int | float | Literal["auto"] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,6 +41,7 @@ class Options(NamedTuple):
     fc_damping: FcDamping = "beta"
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
+    basis_rank: Any = None
     stagger: bool = False
     axis_name: Any = None
     mesh: Any = None
@@ -71,12 +73,28 @@ def validate(layers: Any, options: Options) -> Options:
         check_choice("damping", options.damping, ("auto", "trace"), "or a positive number")
     else:
         check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
+    _check_basis_rank(options)
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
     return options._replace(
         factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
     )
+
+
+def _check_basis_rank(options: Options) -> None:
+    rank = options.basis_rank
+    number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    share = isinstance(rank, float) and not 0 < rank <= 1
+    if rank is not None and rank != "auto" and (not number or rank < 1e-9 or share):
+        raise ValueError(
+            'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
+            f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
+        )
+    if rank is not None and options.shard_state:
+        raise ValueError(
+            "basis_rank and shard_state=True do not go together: leave one of them out"
+        )
 
 
 def _mesh_axis(options: Options) -> Any:

@@ -25,7 +25,8 @@ class Reduced(NamedTuple):
 
     phi: jax.Array  # (*lead, i, i); of an embedding (*lead, i)
     psi: jax.Array  # (*lead, o, o)
-    theta: Any  # (*lead, i, o) in the basis that was given; None without one
+    theta: Any  # (*lead, i, o) in the columns of the basis that was given; None without one
+    rest: Any = None  # (*lead) the trace outside of these columns
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +77,8 @@ def reduce(
             return sum_over_examples(contraction, spec, captures, scale, dtype)
 
         phi, psi = total(factors_of(spec, factors))
-        return Reduced(phi, psi, total(rescaling_of(spec, *basis)) if basis else None)
+        theta, rest = total(rescaling_of(spec, *basis)) if basis else (None, None)
+        return Reduced(phi, psi, theta, rest)
 
     nothing = jax.eval_shape(contract)
     return lax.cond(when, contract, lambda: jax.tree.map(zeros_like, nothing))
@@ -170,7 +172,11 @@ class Reduction(NamedTuple):
             return zeros_like(jax.eval_shape(like, output))
 
         phi = zeros(i, i) if spec.has_input_basis else zeros(i)
-        return Reduced(phi, zeros(o, o), zeros(i, o) if self.bases else None)
+        basis = self._basis(spec.path)
+        if basis is None:
+            return Reduced(phi, zeros(o, o), None)
+        rows = i if basis.q_phi is None else basis.q_phi.shape[-1]
+        return Reduced(phi, zeros(o, o), zeros(rows, basis.q_psi.shape[-1]), zeros())
 
     def _slot(self, path: str, zeros: Reduced, use: Use) -> _Slot:
         scans = use.occurrence.scans

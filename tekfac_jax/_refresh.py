@@ -17,7 +17,7 @@ from tekfac_jax._batch import Batch
 from tekfac_jax._contract import Factors, factors_of, rescaling_of
 from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, rotate, trace, transport
-from tekfac_jax._layers import Capture, LayerSpec, zeros_like
+from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
 from tekfac_jax._reduced import Reduced
 from tekfac_jax._state import LayerState, debiased, for_each, unit_trace
@@ -43,7 +43,7 @@ class Captured(NamedTuple):
         return self._total(factors_of(tools.spec, kind), tools, layer)
 
     def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
-        """Sum over examples: Θ in the layer's basis."""
+        """Sums over examples: Θ in the layer's basis, and the rest."""
         return self._total(rescaling_of(tools.spec, layer.q_phi, layer.q_psi), tools, layer)
 
     def _total(self, contract: Any, tools: "Tools", layer: LayerState) -> Any:
@@ -65,7 +65,10 @@ class Summed(NamedTuple):
 
     def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
         del tools
-        return self.reduced.theta.astype(layer.theta.dtype)
+        dtype = layer.theta.dtype
+        return _statistics.Rescaling(
+            self.reduced.theta.astype(dtype), self.reduced.rest.astype(dtype)
+        )
 
 
 Source = Captured | Summed
@@ -195,11 +198,12 @@ def _basis_due(tools: Tools, layer: LayerState) -> jax.Array:
 def _own_bases(tools: Tools, layer: LayerState) -> tuple[Any, jax.Array]:
     """Q_Φ and Q_Ψ, as far as this device computes them."""
 
-    def own(side: str, factor: jax.Array) -> jax.Array:
-        return eigenvectors(factor, tools.devices.is_mine(tools.spec.path, side, tools.spec.lead))
+    def own(side: str, factor: jax.Array, old: jax.Array) -> jax.Array:
+        mine = tools.devices.is_mine(tools.spec.path, side, tools.spec.lead)
+        return eigenvectors(factor, mine)[..., factor.shape[-1] - old.shape[-1] :]
 
-    q_phi = None if layer.q_phi is None else own("phi", layer.phi)
-    return q_phi, own("psi", layer.psi)
+    q_phi = None if layer.q_phi is None else own("phi", layer.phi, layer.q_phi)
+    return q_phi, own("psi", layer.psi, layer.q_psi)
 
 
 def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
@@ -208,14 +212,17 @@ def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
     ok = functools.reduce(
         jnp.logical_and, [jnp.all(jnp.isfinite(q), axis=(-2, -1)) for q in jax.tree.leaves(new)]
     )
-    theta = transport(layer.theta, old, new)
-    (q_phi, q_psi), theta = jax.tree.map(
-        lambda x, y: jnp.where(for_each(ok, x), x, y), (new, theta), (old, layer.theta)
+    moved = transport(layer.theta, layer.rest, old, new)
+    (q_phi, q_psi), (theta, rest) = jax.tree.map(
+        lambda x, y: jnp.where(for_each(ok, x), x, y),
+        (new, moved),
+        (old, (layer.theta, layer.rest)),
     )
     return layer._replace(
         q_phi=q_phi,
         q_psi=q_psi,
         theta=theta,
+        rest=rest,
         basis_valid=layer.basis_valid | ok,
         failures=layer.failures + jnp.int32(~ok),
     )
@@ -227,7 +234,8 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
     due = tools.at_interval(options.rescaling_interval) | (layer.theta_weight == 0)
     if not tools.member.measured:
         due |= tools.at_interval(options.eigenbasis_interval)
-        return tools.refresh(due & layer.basis_valid, _eigenvalue_product, layer)
+        product = functools.partial(_eigenvalue_product, tools)
+        return tools.refresh(due & layer.basis_valid, product, layer)
     if options.rescaling == "running":
         return layer
 
@@ -250,26 +258,38 @@ def update_running_rescaling(
     def average(layer: LayerState) -> LayerState:
         dtype = layer.theta.dtype
         mean = gradient.astype(dtype) * batch.to_mean.astype(dtype)
-        rotated = rotate(mean, layer.q_phi, layer.q_psi)
-        return _average_theta(tools, layer, batch.examples.astype(dtype) * rotated**2)
+        theta = batch.examples.astype(dtype) * rotate(mean, layer.q_phi, layer.q_psi) ** 2
+        total = batch.examples.astype(dtype) * jnp.sum(mean**2, axis=(-2, -1))
+        return _average_theta(
+            tools, layer, _statistics.Rescaling(theta, _rest(tools, total, theta))
+        )
 
     due = tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
     return tools.refresh(due & layer.basis_valid, average, layer)
 
 
-def _eigenvalue_product(layer: LayerState) -> LayerState:
+def _eigenvalue_product(tools: Tools, layer: LayerState) -> LayerState:
     """KFAC and TKFAC: Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
     lambda_phi = eigenvalues_in(unit_trace(layer.phi, layer.q_phi), layer.q_phi)
     lambda_psi = eigenvalues_in(unit_trace(layer.psi, layer.q_psi), layer.q_psi)
     product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
     product = for_each(layer.delta, product) * product
-    return layer._replace(theta=product, theta_weight=jnp.ones_like(layer.theta_weight))
+    rest = _rest(tools, layer.delta, product)
+    return layer._replace(theta=product, rest=rest, theta_weight=jnp.ones_like(layer.theta_weight))
 
 
-def _average_theta(tools: Tools, layer: LayerState, new: jax.Array) -> LayerState:
+def _rest(tools: Tools, total: jax.Array, theta: jax.Array) -> jax.Array:
+    """What of a trace lies outside of the columns that are kept."""
+    if keeps_all(tools.spec, theta.shape):
+        return jnp.zeros_like(total)
+    return jnp.maximum(total - jnp.sum(theta, axis=(-2, -1)), 0)
+
+
+def _average_theta(tools: Tools, layer: LayerState, new: _statistics.Rescaling) -> LayerState:
     ok, beta = tools.is_finite(new), tools.options.rescaling_decay
     return layer._replace(
-        theta=_average(ok, beta, layer.theta, new),
+        theta=_average(ok, beta, layer.theta, new.theta),
+        rest=_average(ok, beta, layer.rest, new.rest),
         theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
         failures=layer.failures + jnp.int32(~ok),
     )

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._eigenbasis import eigenvalues_in, trace
+from tekfac_jax._eigenbasis import SMALL, eigenvalues_in, outside, trace
 from tekfac_jax._folding import fold as fold_array
 from tekfac_jax._folding import unfold
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
@@ -27,11 +27,12 @@ class LayerState(NamedTuple):
     psi: jax.Array  # (o, o) average of δΨ; of U in KFAC and EKFAC
     factor_weight: jax.Array  # () weight of these two
     delta: jax.Array  # () δ, debiased: the trace of the layer's Fisher block
-    q_phi: Any  # (i, i) eigenvectors of Φ in columns
+    q_phi: Any  # (i, i) eigenvectors of Φ in columns; with basis_rank fewer, here and in Θ
     q_psi: jax.Array  # (o, o) eigenvectors of Ψ in columns
     basis_valid: jax.Array  # () whether there are any yet
     theta: jax.Array  # (i, o) average of Θ in the basis above
-    theta_weight: jax.Array  # () its weight
+    rest: jax.Array  # () average of the trace outside of the columns that are kept
+    theta_weight: jax.Array  # () weight of these two
     damping: jax.Array  # () λ of the last step
     failures: jax.Array  # () how often statistics or a decomposition were not finite
 
@@ -67,6 +68,9 @@ class Curvature(NamedTuple):
             identity, and `phi` is the diagonal of Φ, (*lead, in).
         q_psi: eigenvectors of Ψ in columns, (*lead, out, out).
         theta: Θ, (*lead, in[+1], out).
+        theta_rest: θ⊥, which stands for Θ outside of the columns that are kept (`basis_rank`; then
+            there are fewer columns of `q_phi` and `q_psi`, and fewer numbers in `theta`). Zero
+            where all are kept. Shape (*lead).
     """
 
     delta: jax.Array
@@ -75,6 +79,7 @@ class Curvature(NamedTuple):
     q_phi: jax.Array | None
     q_psi: jax.Array
     theta: jax.Array
+    theta_rest: jax.Array
 
 
 def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
@@ -82,16 +87,16 @@ def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
     return at_least_float32(spec.dtype) if factor_dtype is None else factor_dtype
 
 
+BasisRank = int | float | str | None
+WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
+
 # The square matrices of a layer, the bulk of its state; they may be folded (`_folding`).
 SQUARES = ("phi", "psi", "q_phi", "q_psi")
 
 
 def is_folded(layer: LayerState, name: str) -> bool:
     """Whether that one of `SQUARES` is folded. Of an embedding Φ is a vector, and never is."""
-    matrix = getattr(layer, name)
-    if matrix is None or (name == "phi" and layer.q_phi is None):
-        return False
-    return matrix.shape != _square_shape(layer, name)
+    return name in _square_names(layer) and getattr(layer, name).ndim == 1
 
 
 def _square_shape(layer: LayerState, name: str) -> tuple[int, ...]:
@@ -113,20 +118,40 @@ def unfolded(layer: LayerState) -> LayerState:
 
 def folded(layer: LayerState) -> LayerState:
     """The layer with its matrices folded."""
-    names = ("psi", "q_psi") if layer.q_phi is None else SQUARES
-    return layer._replace(**{name: fold_array(getattr(layer, name)) for name in names})
+    squares = {name: fold_array(getattr(layer, name)) for name in _square_names(layer)}
+    return layer._replace(**squares)
 
 
-def initial_state(layers: Layers, factor_dtype: Any, *, fold: bool = False) -> ScaleByTekfacState:
+def _square_names(layer: LayerState) -> tuple[str, ...]:
+    return ("psi", "q_psi") if layer.q_phi is None else SQUARES
+
+
+def kept_columns(spec: LayerSpec, basis_rank: BasisRank) -> tuple[int, int]:
+    """How many eigenvectors are kept of Φ and of Ψ."""
+
+    def kept(dim: int, auto: float) -> int:
+        if basis_rank is None or (basis_rank == "auto" and dim <= WHOLE):
+            return dim
+        share = auto if isinstance(basis_rank, str) else basis_rank
+        rank = math.ceil(share * dim) if isinstance(share, float) else share
+        return min(dim, max(rank, SMALL))
+
+    rows = kept(spec.in_dim, 1 / 8) if spec.has_input_basis else spec.in_dim
+    return rows, kept(spec.out_dim, 1 / 4)
+
+
+def initial_state(
+    layers: Layers, factor_dtype: Any, *, basis_rank: BasisRank = None, fold: bool = False
+) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
     as_kept = folded if fold else lambda layer: layer
 
     def layer(spec: LayerSpec) -> LayerState:
         i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
-        lead = spec.lead
+        lead, (r, p) = spec.lead, kept_columns(spec, basis_rank)
         shapes: dict[str, tuple[int, ...]] = dict(
-            phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, i), q_psi=(o, o),
-            basis_valid=(), theta=(i, o), theta_weight=(), damping=(), failures=(),
+            phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, r), q_psi=(o, p),
+            basis_valid=(), theta=(r, p), rest=(), theta_weight=(), damping=(), failures=(),
         )  # fmt: skip
         if not spec.has_input_basis:
             shapes["phi"] = (i,)
@@ -192,7 +217,10 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
             psi=unit_trace(layer.psi, layer.q_psi),
             q_phi=layer.q_phi,
             q_psi=layer.q_psi,
-            theta=debiased(layer.theta, layer.theta_weight),
+            theta=(theta := debiased(layer.theta, layer.theta_weight)),
+            theta_rest=outside(
+                theta, debiased(layer.rest, layer.theta_weight), (layer.q_phi, layer.q_psi)
+            ),
         )
 
     return {path: read(unfolded(layer)) for path, layer in _layer_states(opt_state).items()}
@@ -277,11 +305,12 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         opt_state: state of any optax transformation that contains one of ours.
 
     Returns:
-        ``{path}/trace`` (tr Θ), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
+        ``{path}/trace`` (tr Θ), ``{path}/kept`` (its share in the columns that are kept, see
+        `basis_rank`), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
         ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/failures``
         (non-finite statistics and decompositions so far), and ``kl_clip`` (what the last step
         was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum of
-        the traces and failures, and the largest of the others.
+        the traces and failures, the least of the shares, and the largest of the others.
 
     Raises:
         ValueError: there is no such state inside.
@@ -295,6 +324,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         >>> for name, value in tekfac.diagnostics(opt_state).items():
         ...     print(name, value)
         params/trace 0.0
+        params/kept 1.0
         params/damping 0.0
         params/phi_spread 0.0
         params/psi_spread 0.0
@@ -309,7 +339,10 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     for path, layer in _layer_states(opt_state).items():
         layer = unfolded(layer)
         scalars |= {
-            f"{path}/trace": jnp.sum(debiased(layer.theta, layer.theta_weight)),
+            f"{path}/trace": jnp.sum(
+                debiased(jnp.sum(layer.theta, (-2, -1)) + layer.rest, layer.theta_weight)
+            ),
+            f"{path}/kept": _kept_share(layer),
             f"{path}/damping": jnp.max(layer.damping),
             f"{path}/phi_spread": spread(layer.phi, layer.q_phi),
             f"{path}/psi_spread": spread(layer.psi, layer.q_psi),
@@ -347,14 +380,29 @@ def check_state(opt_state: Any, layers: Layers) -> str:
     if missing or extra:
         return f"The state has no layers {missing} and has {extra}, which the network has not."
     for path, spec in layers.items():
-        theta = states[path].theta
+        found = _dimensions(states[path])
         expected = (*spec.lead, spec.in_dim, spec.out_dim)
-        if theta.shape != expected:
+        if found != expected:
             return (
-                f"Layer {path!r} has in and out dimension {theta.shape} in the state and "
+                f"Layer {path!r} has in and out dimension {found} in the state and "
                 f"{expected} in the network."
             )
     return ""
+
+
+def _dimensions(layer: LayerState) -> tuple[int, ...]:
+    """(*lead, in[+1], out)."""
+    if is_folded(layer, "psi"):
+        return layer.theta.shape
+    rows = layer.theta.shape[-2] if layer.q_phi is None else layer.phi.shape[-1]
+    return (*layer.theta.shape[:-2], rows, layer.psi.shape[-1])
+
+
+def _kept_share(layer: LayerState) -> jax.Array:
+    """The least share of a trace that lies in the columns that are kept; 1 while it is zero."""
+    kept = jnp.sum(layer.theta, axis=(-2, -1))
+    total = kept + layer.rest
+    return jnp.min(jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), 1))
 
 
 def bases_in(opt_state: Any, layers: Layers) -> dict[str, Basis]:

@@ -118,6 +118,30 @@ def rescaling(
     return jnp.sum(g**2, axis=-2)
 
 
+class Rescaling(NamedTuple):
+    """Θ in the columns of a basis, and the trace that lies outside of them, summed over examples.
+
+    Attributes:
+        theta: Σ_n (Q_Φᵀ G_n Q_Ψ)², (kept columns of Q_Φ, of Q_Ψ).
+        rest: Σ_n ‖G_n‖² − Σ Θ, of the same examples; zero where every column is kept.
+    """
+
+    theta: jax.Array
+    rest: jax.Array
+
+
+def squared_norms(
+    a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
+) -> Float[Array, "*lead"]:
+    """Σ_n ‖G_n‖², through G_n or through the positions' products, whichever is cheaper."""
+    positions, i, o = *a.shape[-2:], u.shape[-1]
+    if positions * (i + o) > i * o:
+        g = jnp.einsum("...nti,...nto->...nio", a, u, precision=HIGHEST)
+        return jnp.sum(g**2, axis=(-3, -2, -1))
+    a, u = (jnp.matmul(x, x.mT, precision=HIGHEST) for x in (a, u))
+    return jnp.sum(a * u, axis=(-3, -2, -1))
+
+
 def gradient(
     a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
 ) -> Float[Array, "*lead i o"]:

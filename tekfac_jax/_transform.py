@@ -21,7 +21,15 @@ from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
-from tekfac_jax._options import FactorKind, Number, Options, Rescaling, same_arguments_as, validate
+from tekfac_jax._options import (
+    BasisRank,
+    FactorKind,
+    Number,
+    Options,
+    Rescaling,
+    same_arguments_as,
+    validate,
+)
 from tekfac_jax._pytrees import gather_matrices, scatter_matrices
 from tekfac_jax._reduced import ReducedStatistics
 from tekfac_jax._refresh import (
@@ -62,7 +70,9 @@ def _algorithm(
 
     def init(params: Any) -> ScaleByTekfacState:
         del params  # the structure comes from `layers`: optax calls init with placeholders
-        return initial_state(layers, options.factor_dtype, fold=options.shard_state)
+        return initial_state(
+            layers, options.factor_dtype, basis_rank=options.basis_rank, fold=options.shard_state
+        )
 
     def update(
         updates: Any,
@@ -91,16 +101,18 @@ def _algorithm(
                 new[path] = update_running_rescaling(tools, new[path], gradient, batch)
 
         theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
+        rest = {path: debiased(layer.rest, layer.theta_weight) for path, layer in new.items()}
         valid = {path: is_valid(layer) for path, layer in new.items()}
         damping = layer_dampings(
-            layers, theta, valid,
+            layers, theta, rest, valid,
             damping=options.damping, trace_floor=options.trace_floor,
             damping_scale=options.damping_scale, fc_damping=options.fc_damping,
         )  # fmt: skip
         directions = {}
         for path, gradient in gradients.items():
             g = gradient.astype(theta[path].dtype)
-            natural = precondition(g, new[path].q_phi, new[path].q_psi, theta[path], damping[path])
+            basis = new[path].q_phi, new[path].q_psi
+            natural = precondition(g, *basis, theta[path], rest[path], damping[path])
             usable = for_each(valid[path], g)
             directions[path] = jnp.where(usable, natural, g).astype(gradient.dtype)
         new = {
@@ -189,6 +201,7 @@ def scale_by_tekfac(
     fc_damping: FcDamping = "beta",
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
+    basis_rank: BasisRank = None,
     stagger: bool = False,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -226,6 +239,10 @@ def scale_by_tekfac(
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
             mini-batch gradient alone, which must be the mean over the batch; needs no
             statistics but ``batch_size=`` at update, and is biased.
+        basis_rank: how many eigenvectors are kept on each side, the top ones: a number, a share of
+            the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
+            and sides of up to 32 as a whole. The curvature outside of them is replaced by its mean
+            θ⊥, so that the trace stays; a step costs less, and the state is smaller. None: all.
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
@@ -266,7 +283,8 @@ def scale_by_tekfac(
     """
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
-        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, stagger, axis_name,
+        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, basis_rank,
+        stagger, axis_name,
         mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))

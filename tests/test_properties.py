@@ -341,10 +341,11 @@ def test_signs_and_order_of_eigenvectors_do_not_matter(name):
 
     new = tuple(jnp.asarray(shuffled(q)) for q in (c.q_phi, c.q_psi))
     c = jax.tree.map(jnp.asarray, c)
-    theta = transport(c.theta, (c.q_phi, c.q_psi), new)
+    theta, _ = transport(c.theta, jnp.float64(0), (c.q_phi, c.q_psi), new)
     g = jnp.asarray(rng.normal(size=theta.shape))
-    expected = precondition(g, c.q_phi, c.q_psi, c.theta, jnp.float64(1e-3))
-    assert relative(precondition(g, *new, theta, jnp.float64(1e-3)), expected) <= EXACT
+    rest, damping = jnp.float64(0), jnp.float64(1e-3)
+    expected = precondition(g, c.q_phi, c.q_psi, c.theta, rest, damping)
+    assert relative(precondition(g, *new, theta, rest, damping), expected) <= EXACT
 
 
 @every_case
@@ -352,7 +353,9 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(name):
     c = oracles.curvature_of(name)
     new = tuple(oracles.random_orthogonal(s, len(q)) for s, q in enumerate((c.q_phi, c.q_psi)))
     old = jax.tree.map(jnp.asarray, c)
-    theta = transport(old.theta, (old.q_phi, old.q_psi), tuple(map(jnp.array, new)))
+    theta, _ = transport(
+        old.theta, jnp.float64(0), (old.q_phi, old.q_psi), tuple(map(jnp.array, new))
+    )
     q = np.kron(*new)
     assert relative(theta.ravel(), np.diag(q.T @ oracles.operator(c) @ q)) <= EXACT
     assert float(theta.sum()) == pytest.approx(c.theta.sum(), rel=EXACT)
