@@ -121,7 +121,7 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
         device  share  decompositions
              0  48.5%  1×7, 1×4
              1  51.5%  2×6
-        4 decompositions; largest load over the mean 1.03, at best 1.00
+        4 decompositions; largest load over the mean 1.03, at best 1.03
     """
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number, 1 or more, got {devices!r}")

@@ -275,9 +275,9 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
     """What it costs, as the README says: the eigen work of a step on each of its micro-steps."""
     done: list[int] = []
 
-    def counting(factor):
+    def counting(factor, mine):
         jax.debug.callback(lambda: done.append(1))
-        return eigenvectors(factor)
+        return eigenvectors(factor, mine)
 
     monkeypatch.setattr(_refresh, "eigenvectors", counting)
     tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due on the first step of three

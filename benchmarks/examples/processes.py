@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tekfac_jax as tekfac
 from benchmarks.examples import problem
@@ -27,7 +27,7 @@ LOST = 17  # exit code where another process was lost
 
 def train(steps: int, directory: Path, save_every: int) -> tuple[Any, float]:
     """Trains from the last checkpoint in `directory`, or from the beginning."""
-    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
 

@@ -7,7 +7,7 @@ Each device runs the step on its part of the batch. Gradients are averaged by ha
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tekfac_jax as tekfac
 from benchmarks.examples import problem
@@ -18,7 +18,7 @@ AXIS = "data"
 def train(steps: int, devices: int | None = None, *, check_vma: bool = True) -> tuple[Any, float]:
     """Trains on so many devices (None: all); returns the train state and the last loss."""
     used = jax.devices()[:devices]
-    mesh = jax.make_mesh((len(used),), (AXIS,), devices=used)
+    mesh = jax.make_mesh((len(used),), (AXIS,), devices=used, axis_types=(AxisType.Auto,))
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
 
     model = problem.Net(axis_name=AXIS)

@@ -7,7 +7,7 @@ device; the step is written as for one device, and `mesh=` shares the curvature'
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import tekfac_jax as tekfac
 from benchmarks.examples import problem
@@ -16,7 +16,7 @@ from benchmarks.examples import problem
 def train(steps: int, devices: int | None = None) -> tuple[Any, float]:
     """Trains on so many devices (None: all); returns the train state and the last loss."""
     used = jax.devices()[:devices]
-    mesh = jax.make_mesh((len(used),), ("data",), devices=used)
+    mesh = jax.make_mesh((len(used),), ("data",), devices=used, axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))
     whole = NamedSharding(mesh, PartitionSpec())
 
