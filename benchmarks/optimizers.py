@@ -36,6 +36,7 @@ class Curvature(NamedTuple):
     rescaling_interval: int
     damping: Any = "auto"
     stagger: bool = False
+    basis_rank: Any = None
 
 
 def library_interval(name: str) -> int:

@@ -98,6 +98,8 @@ def build_parser() -> argparse.ArgumentParser:
             f"are short; else the library's {library_interval(f'{name}_interval')})")  # fmt: skip
     add("--damping", type=_damping,
         help=f"auto, trace or a number ({_default('damping')})")  # fmt: skip
+    add("--basis-rank", type=basis_rank, metavar="RANK",
+        help="eigenvectors kept of each side: auto, a number, a share (default: all)")  # fmt: skip
     add("--out", type=Path, default=Path("out"), metavar="DIR",
         help="where curves.png and results.json go (default: out)")  # fmt: skip
     return parser
@@ -132,7 +134,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("factor_interval", "eigenbasis_interval", "rescaling_interval"):
         given = vars(options).pop(name)
         intervals[name] = given or defaults.interval or library_interval(name)
-    options.curvature = Curvature(**intervals, damping=vars(options).pop("damping"))
+    options.curvature = Curvature(
+        **intervals,
+        damping=vars(options).pop("damping"),
+        basis_rank=vars(options).pop("basis_rank"),
+    )
     return options
 
 
@@ -164,6 +170,24 @@ def _positive(text: str) -> float:
     except ValueError:
         return math.nan
     return value if 0 < value < math.inf else math.nan
+
+
+def basis_rank(text: str) -> str | int | float:
+    """``auto``, how many, or which share."""
+    if text == "auto":
+        return text
+    try:
+        return int(text) if text.isdecimal() and int(text) > 0 else _share(float(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be auto, a whole number, 1 or more, or a share between 0 and 1, not {text!r}"
+        ) from error
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError
+    return value
 
 
 def _damping(text: str) -> str | float:

@@ -28,7 +28,7 @@ from benchmarks.errors import UsageError, check_choice
 from benchmarks.loop import Task, Trainer
 from benchmarks.models import CNN, VGG16, ResNet20
 from benchmarks.optimizers import Curvature
-from benchmarks.options import exit_with
+from benchmarks.options import basis_rank, exit_with
 from benchmarks.transformers import ViT
 
 # T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
@@ -67,6 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15, help="how often every step is timed")
     parser.add_argument(
+        "--basis-rank", type=basis_rank, help="auto, a number or a share: time a small basis"
+    )
+    parser.add_argument(
         "--spikes", action="store_true", help="time every step of an interval too, staggered or not"
     )
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -79,7 +82,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UsageError("--batch-size and --rounds must be 1 or more")
     except UsageError as error:
         exit_with(error, "speed")
-    results = {name: measure(name, options.batch_size, options.rounds) for name in names}
+    results = {
+        name: measure(name, options.batch_size, options.rounds, options.basis_rank)
+        for name in names
+    }
     if options.spikes:
         for name in names:
             results[name]["spikes"] = measure_spikes(name, options.batch_size)
@@ -88,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {
         "batch_size": options.batch_size,
         "rounds": options.rounds,
+        "basis_rank": options.basis_rank,
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
@@ -100,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nwritten: {path}")
 
 
-def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
+def measure(name: str, batch_size: int, rounds: int, rank: Any = None) -> dict[str, Any]:
     """All figures of one model.
 
     Returns:
@@ -109,7 +116,8 @@ def measure(name: str, batch_size: int, rounds: int) -> dict[str, Any]:
     """
     model, shape = MODELS[name]
     task = Task(_random_data(shape, batch_size), model, batch_size)
-    trainers = {o: Trainer(task, o, _INTERVALS) for o in ("sgd", "adam", "tekfac")}
+    curvature = _INTERVALS._replace(basis_rank=rank)
+    trainers = {o: Trainer(task, o, curvature) for o in ("sgd", "adam", "tekfac")}
     batch = next(task.batches(seed=0, epoch=0))
     states = {o: trainer.initial_state(0) for o, trainer in trainers.items()}
 
