@@ -172,4 +172,6 @@ def curvature_of(name: str, sibling: str = "tekfac", **options) -> tekfac.Curvat
 def relative(actual: Any, expected: Any) -> float:
     """Relative error in the Frobenius norm."""
     expected = np.asarray(expected)
-    return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
+    # Of what is zero, as θ⊥ of a full basis is, nothing but zero is near.
+    scale = max(float(np.linalg.norm(expected)), 1e-300)
+    return float(np.linalg.norm(np.asarray(actual) - expected)) / scale

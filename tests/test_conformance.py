@@ -486,7 +486,7 @@ def test_memory_usage_is_that_of_the_arrays(name):
 def test_diagnostics(name):
     state = reference(name)[1]
     scalars = {key: np.asarray(value) for key, value in tekfac.diagnostics(state).items()}
-    kinds = ("trace", "damping", "phi_spread", "psi_spread", "failures")
+    kinds = ("trace", "kept", "damping", "phi_spread", "psi_spread", "failures")
     expected = {f"{path}/{kind}" for path in case().layers for kind in kinds}
     assert set(scalars) == expected | ({"kl_clip"} if name in READY else set())
     for key, value in scalars.items():
