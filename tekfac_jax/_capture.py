@@ -127,7 +127,8 @@ def value_grad_and_stats(
     Raises:
         ValueError: unknown `reduction`, `mode` or `factors`, `loss_scale` not positive; when
             called: the loss is no scalar, a layer of `layers` is missing, used differently or has
-            another shape, batch sizes disagree, or the state does not fit the layers.
+            another shape, one is called that `find_layers` did not see, batch sizes disagree, or
+            the state does not fit the layers.
 
     Note:
         With train-mode BatchNorm the sum of the statistics' gradients is the batch gradient, but

@@ -12,6 +12,8 @@ from tekfac_jax._record import Call
 from tekfac_jax._trace import Trace
 from tekfac_jax._usage import Leaf, Occurrence
 
+UNSEEN = "no supported layer was seen to use it as its own"
+
 Skip = str | Callable[[str], bool] | None
 
 
@@ -66,7 +68,7 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
             reasons.update(dict.fromkeys(leaves[path], ""))
     for leaf, number in trace.usage.others.items():
         reasons.setdefault(leaf, trace.record.others[number])
-    unknown = "no supported layer was seen to use it as its own"
+    unknown = UNSEEN
     if homeless:
         unknown += f" (seen with other kernels: {'; '.join(sorted(set(homeless)))})"
     uncovered = {

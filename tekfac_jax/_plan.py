@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._judge import Use, judge, scans_of
-from tekfac_jax._layers import Capture, Layers, parameter_path, zeros_like
+from tekfac_jax._judge import UNSEEN, Use, judge, scans_of
+from tekfac_jax._layers import Capture, Layers, LayerSpec, parameter_path, zeros_like
 from tekfac_jax._replay import Tag, capture
 from tekfac_jax._trace import Trace, trace_layers
 from tekfac_jax._usage import Occurrence
@@ -108,8 +108,22 @@ def batch_plan(
                 f"layer {path!r} has changed since find_layers: it was {spec}, it is {found}. "
                 "Call find_layers again."
             )
+    _check_nothing_new(findings.specs, layers)
     covered = {path: findings.covered[path] for path in layers}
     return Plan(trace, covered, common_batch_size(covered))
+
+
+def _check_nothing_new(found: Mapping[str, LayerSpec], layers: Layers) -> None:
+    """Raises for a layer that find_layers would have covered, had it been called then."""
+    reasons = dict(layers.uncovered)
+    for path, spec in found.items():
+        reason = reasons.get(parameter_path(path, spec.kernel_name), "")
+        if path not in layers and reason.startswith(UNSEEN):
+            raise ValueError(
+                f"layer {path!r} is called here, but was not when find_layers looked: call "
+                "find_layers with the function and arguments that are used here (and leave the "
+                "layer out with skip= if it shall stay as it is)"
+            )
 
 
 def common_batch_size(covered: Mapping[str, list[Use]]) -> int:

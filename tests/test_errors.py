@@ -109,6 +109,23 @@ def test_layer_that_is_missing_at_step_time():
         )(params, x)
 
 
+def test_layer_that_find_layers_did_not_see():
+    """It would go without curvature, and nobody would know."""
+    model, x = Net(lambda x, late=True: nn.Dense(3, name="late")(nn.Dense(4, name="early")(x))
+                   if late else nn.Dense(4, name="early")(x)), randn(5, 3)  # fmt: skip
+    params = random_params(model, x)
+
+    def loss(params, x, late):
+        return losses_of(model.apply({"params": params}, x, late=late)).mean()
+
+    layers = tekfac.find_layers(loss, params, x, False)
+    assert set(layers) == {"early"}
+    with pytest.raises(ValueError, match=r"'late' is called here, but was not.*call find_layers"):
+        tekfac.value_grad_and_stats(loss, layers)(params, x, True)
+    skipped = tekfac.find_layers(loss, params, x, True, skip="late")
+    tekfac.value_grad_and_stats(loss, skipped)(params, x, True)
+
+
 def test_layers_that_disagree_on_the_batch_size():
     model = Net(lambda x: nn.Dense(2, name="Dense_1")(nn.Dense(3)(x).reshape(5, 9)))
     x = randn(15, 4)
