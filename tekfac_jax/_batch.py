@@ -35,8 +35,12 @@ def read_batch(
     axis_name: Any,
     *,
     required: bool,
+    plain: bool,
 ) -> Batch:
     """The batch that the statistics are of, or, without statistics, that `batch_size` gives.
+
+    With `plain` factors every capture counts, or none: their A does not see the loss, and so not
+    which examples are multiplied by zero, nor that one stands for several columns of a Fisher root.
 
     Raises:
         ValueError: `required` and neither is given; statistics of other layers.
@@ -64,7 +68,8 @@ def read_batch(
     local = local.astype(stats.scale.dtype)
     # Captures that were added up say that they are of more examples than there are. Not a number,
     # so that no curvature comes of them; `failures` counts it.
-    local = jnp.where(local > captured, jnp.nan, local)
+    unusable = local != captured if plain else local > captured
+    local = jnp.where(unusable, jnp.nan, local)
     total = local if axis_name is None else lax.psum(local, axis_name)
     return Batch(total, stats.scale / local, total)
 

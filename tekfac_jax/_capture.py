@@ -107,7 +107,9 @@ def value_grad_and_stats(
             number, or a traced scalar where it is dynamic. Value and gradient come back scaled, as
             from `jax.value_and_grad`; the statistics are those of the loss itself.
         examples: how many examples count, where some only fill the batch up and their loss is
-            multiplied by 0: a number, traced or not; None: all of them.
+            multiplied by 0: a number, traced or not, of the batch that `loss_fn` sees (under
+            pmap and shard_map that of one device); None: all of them. Not for KFAC and EKFAC,
+            whose factor A does not see the loss: they count a failure and keep their curvature.
         mode: ``"raw"``: the statistics are (a, u) of every layer, and Θ is measured in the fresh
             basis. ``"reduced"``: they are contracted in the backward pass, so that they are no
             larger than the curvature (for `nn.remat`, `nn.scan`, long sequences), and those of
@@ -149,6 +151,11 @@ def value_grad_and_stats(
     """
     check_layers(layers)
     _check_reduction(reduction)
+    if examples is not None and mode == "reduced" and factors == "plain":
+        raise ValueError(
+            'examples= does not go with factors="plain": the factor A of KFAC and EKFAC does not '
+            "see the loss, and so not which examples count; leave out those that do not"
+        )
     if examples is not None:
         check_number("examples", examples, 0, math.inf, "None counts all of them")
     check_number("loss_scale", loss_scale, 0, math.inf, "1.0 is no scale", open_low=True)
@@ -162,7 +169,7 @@ def value_grad_and_stats(
         else:
             divisor = reduction
         scale = jnp.asarray(divisor, dtype) / jnp.asarray(loss_scale, dtype)
-        count = jnp.asarray(plan.batch_size if examples is None else examples, dtype)
+        count = jnp.asarray(_counted(examples, plan.batch_size), dtype)
         gathering = gatherer(plan, scale, count)
         grad_fn = jax.value_and_grad(gathering.run, argnums=(0, 1), has_aux=has_aux)
         value, (grads, found) = grad_fn(params, gathering.slots())
@@ -232,6 +239,20 @@ def make_slots(
     """
     check_layers(layers)
     return batch_plan(loss_fn, layers, params, args, kwargs).slots()
+
+
+def _counted(examples: Any, batch_size: int) -> Any:
+    """How many examples count; not a number where there are not so many, if that is only traced."""
+    if examples is None:
+        return batch_size
+    if isinstance(examples, int | float):
+        if examples > batch_size:
+            raise ValueError(
+                f"examples={examples} of a batch of {batch_size}: pass how many of this device's "
+                "own examples count"
+            )
+        return examples
+    return jnp.where(examples > batch_size, jnp.nan, examples)
 
 
 # --- checks ----------------------------------------------------------------------------------

@@ -166,12 +166,14 @@ class Devices(NamedTuple):
             return sums
         return lax.psum(sums, self.axis_name)
 
-    def total_of_symmetric(self, sums: Any) -> Any:
-        """The same for factors: of square symmetric matrices only one triangle travels."""
+    def total_of_factors(self, sums: Any, spec: LayerSpec) -> Any:
+        """The same for Φ and Ψ: of symmetric matrices only one triangle travels."""
         if not self.split:
             return sums
-        packed = lax.psum(jax.tree.map(_pack, sums), self.axis_name)
-        return jax.tree.map(_unpack, sums, packed)
+        matrices = sums if spec.has_input_basis else sums._replace(phi=None)
+        packed = lax.psum(jax.tree.map(_pack, matrices), self.axis_name)
+        total = jax.tree.map(_unpack, matrices, packed)
+        return total if spec.has_input_basis else total._replace(phi=self.total(sums.phi))
 
     def is_mine(self, path: str, side: str, lead: tuple[int, ...]) -> jax.Array | None:
         """Which of a layer's factors this device decomposes, (*lead); None: all of them.
@@ -228,17 +230,13 @@ def axis_names(axis: Any) -> tuple[str, ...]:
     return axis if isinstance(axis, tuple) else (axis,)
 
 
-def _is_square(x: jax.Array) -> bool:
-    return x.ndim >= 2 and x.shape[-1] == x.shape[-2] > 1
-
-
 def _pack(x: jax.Array) -> Any:
     """A symmetric matrix [[A, Bᵀ], [B, C]] as B, one rectangle for both A and C, and a diagonal.
 
     A is k×k and C at most as large: A's triangle with its diagonal goes above, C's below, and the
     diagonal of C beside. Together d(d+1)/2 numbers, for odd d half a row more.
     """
-    if not _is_square(x):
+    if x.shape[-1] == 1:
         return x
     k = (x.shape[-1] + 1) // 2
     a, b, c = x[..., :k, :k], x[..., k:, :k], x[..., k:, k:]
@@ -248,7 +246,7 @@ def _pack(x: jax.Array) -> Any:
 
 
 def _unpack(like: jax.Array, packed: Any) -> jax.Array:
-    if not _is_square(like):
+    if like.shape[-1] == 1:
         return packed
     b, both, diagonal = packed
     rest = diagonal.shape[-1]

@@ -65,14 +65,14 @@ def _small_eigh(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
 
 
 def trace(
-    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"], q: Float[Array, "*lead d r"] | None
+    factor: Float[Array, "..."], q: Float[Array, "*lead d r"] | None
 ) -> Float[Array, "*lead"]:
     """The trace of each factor; without a basis it is the vector of a diagonal."""
     return jnp.sum(factor, axis=-1) if q is None else jnp.trace(factor, axis1=-2, axis2=-1)
 
 
 def eigenvalues_in(
-    factor: Float[Array, "*lead d d"] | Float[Array, "*lead d"],
+    factor: Float[Array, "..."],
     q: Float[Array, "*lead d r"] | None,
 ) -> Float[Array, "*lead r"]:
     """diag(Qᵀ X Q), not below zero: the eigenvalues where Q is the factor's own eigenbasis."""

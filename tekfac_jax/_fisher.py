@@ -125,7 +125,8 @@ def fisher_stats(
             Fisher matrix of an example's outputs.
         estimator: ``"sampled"``: one label drawn for each prediction, one backward pass.
             ``"exact"``: the expectation over labels, one backward pass for each column, all held
-            in memory: for tests and small problems.
+            in memory: for tests and small problems, and for TEKFAC and TKFAC only: A of KFAC and
+            EKFAC would count each column, so that they count a failure instead.
         has_aux: whether `predict_fn` returns ``(outputs, aux)``.
         mode: ``"raw"`` or, with sampled labels, ``"reduced"``, as in `value_grad_and_stats`.
         factors: with ``mode="reduced"``, which factors, as in `value_grad_and_stats`.

@@ -33,6 +33,8 @@ def describe(kind: type, method: str, module: Any, x: Any, y: Any, kernel: Any) 
     fields = _FIELDS[kind](module, x)
     if isinstance(fields, str):
         return fields
+    if method == "attend" and x.ndim < 2:
+        return "its query has no batch axis"
     if kind is nn.Embed:
         fields["attended"] = method == "attend"
     spec = LayerSpec(
@@ -181,6 +183,8 @@ def _describe_norm(module: Any, x: Any) -> dict[str, Any] | str:
     if axes != tuple(range(x.ndim - len(axes), x.ndim)):
         return "its features are not the last axes of its input"
     features = int(np.prod([x.shape[axis] for axis in axes]))
+    if features == 1:
+        return "it has a single feature"
     return {"kind": "norm", "contracted": 0, "groups": features}
 
 
@@ -246,8 +250,10 @@ def normalised(
     names = {field.name for field in dataclasses.fields(kind)} - {"name", "parent"}
     options = {name: getattr(module, name) for name in names if hasattr(module, name)}
     without = {name: False for name in ("use_scale", "use_bias") if name in names}
+    if len(args) > 1 or kwargs.get("use_running_average") is not None:
+        options["use_running_average"] = None  # given at the call
     same = kind(**{**options, **without, "dtype": dtype}, parent=None)
-    return same.apply(state, *args, mutable=list(state), **kwargs)[0]
+    return same.apply(state, *args, mutable=True, **kwargs)[0]
 
 
 def why_not_supported(kind: type, *, norms: bool) -> str:

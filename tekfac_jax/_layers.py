@@ -308,7 +308,7 @@ def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Arra
         a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)
         a = _by_group(spec, a)
         if spec.use_bias:
-            a = jnp.concatenate([a, jnp.ones((*a.shape[:-1], 1), dtype)], axis=-1)
+            a = jnp.concatenate([a, lax.full_like(a[..., :1], 1)], axis=-1)
         return a, jnp.moveaxis(u, 2, 0) if spec.groups > 1 else u[:, :, 0]
 
     for _ in spec.stack:

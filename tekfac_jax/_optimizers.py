@@ -86,12 +86,15 @@ def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) ->
 
 
 def _counted(directions: Any, inner_state: Any) -> Any:
-    """For each leaf whether it was preconditioned with valid curvature."""
+    """For each leaf whether it was preconditioned with valid curvature, if only in part.
+
+    In part: a feature of a normalisation that is dead has no curvature, all others have.
+    """
     states = search(inner_state, ScaleByTekfacState)
     if not states:
         return jax.tree.map(lambda d: jnp.array(True), directions)
     valid = {
-        path: jnp.all(is_valid(layer)) for state in states for path, layer in state.layers.items()
+        path: jnp.any(is_valid(layer)) for state in states for path, layer in state.layers.items()
     }
     nothing = jnp.array(False)
     return jax.tree_util.tree_map_with_path(

@@ -118,8 +118,10 @@ def check_mesh_axis(mesh: Any, axis: Any, *, shard_state: bool) -> Any:
         raise ValueError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
     if axis is None:
         axis = mesh.axis_names[0]
+    if isinstance(axis, list):
+        raise ValueError(f"mesh_axis must be a name or a tuple of names, got {axis!r}")
     names = axis_names(axis)
-    if not names or not set(names) <= set(mesh.axis_names):
+    if not names or not set(names) <= set(mesh.axis_names) or len(set(names)) < len(names):
         raise ValueError(f"mesh_axis must be among the mesh's {mesh.axis_names}, got {axis!r}")
     devices = math.prod(mesh.shape[name] for name in names)
     if shard_state and FOLD % devices:

@@ -167,7 +167,7 @@ class Reduction(NamedTuple):
 
         def zeros(*shape: int) -> jax.Array:
             def like(output: jax.Array) -> jax.Array:
-                return jnp.broadcast_to(output.ravel()[0], (*spec.lead, *shape)).astype(dtype)
+                return jnp.broadcast_to(jnp.sum(output), (*spec.lead, *shape)).astype(dtype)
 
             return zeros_like(jax.eval_shape(like, output))
 

@@ -127,7 +127,7 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     member, options = tools.member, tools.options
 
     def average(layer: LayerState) -> LayerState:
-        total = tools.devices.total_of_symmetric(source.factors(tools, layer))
+        total = tools.devices.total_of_factors(source.factors(tools, layer), tools.spec)
         new = _mean(total, source.examples)
         ok = tools.is_finite(new)
         beta = options.factor_decay

@@ -86,7 +86,9 @@ def _algorithm(
         del params, extra_args
         gradients = gather_matrices(updates, layers)
         running = member.measured and options.rescaling == "running"
-        batch = read_batch(stats, batch_size, layers, options.axis_name, required=running)
+        batch = read_batch(
+            stats, batch_size, layers, options.axis_name, required=running, plain=member.plain
+        )
         if isinstance(stats, ReducedStatistics):
             theta_needed = member.measured and not running
             check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)

@@ -366,3 +366,66 @@ def test_nnx_captures_what_linen_does(name):
     for path in layers:
         for one, other in zip(found.layers[path][0], expected.layers[path][0], strict=True):
             assert relative_error(one, other) <= SINGLE
+
+
+def test_one_feature_is_listed():
+    def build(x):
+        return nn.Dense(2)(nn.BatchNorm(use_running_average=True, name="norm")(x))
+
+    model, x = Net(build), randn(6, 4, 1)
+    variables = model.init(jax.random.key(0), x)
+
+    def loss(params, x):
+        return losses_of(model.apply({**variables, "params": params}, x)).mean()
+
+    layers = tekfac.find_layers(loss, variables["params"], x, norm="unitwise")
+    assert "single feature" in dict(layers.uncovered)["norm/scale"]
+
+
+def test_batch_norm_whose_averages_are_made_on_the_way():
+    model, x = norm_of(lambda name: nn.BatchNorm(use_running_average=False, name=name)), randn(6, 3)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x, mutable=["batch_stats"])[0]).mean()
+
+    layers = tekfac.find_layers(loss, params, x, norm="unitwise")
+    assert tekfac.check_capture(loss, layers, params, x)["norm"] <= SINGLE
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_nnx_batch_norm_that_is_told_at_the_call(use):
+    class Told(NnxNet):
+        def __call__(self, x):
+            return self.last(self.norm(self.first(x), use_running_average=use))
+
+    model, x = Told(nnx.BatchNorm, nnx.Rngs(0)), randn(6, 3)
+
+    def loss(model, x):
+        return losses_of(model(x)).mean()
+
+    layers = tekfac_jax.nnx.find_layers(loss, model, x, norm="unitwise")
+    _, grads, stats = tekfac_jax.nnx.value_grad_and_stats(loss, layers)(model, x)
+    ((a, u),) = stats.layers["norm"]
+    found = jnp.sum(a * u, axis=0)
+    assert relative_error(found, nnx.as_pure(grads)["norm"]["scale"]) <= SINGLE
+
+
+def test_a_dead_feature_leaves_the_others_in_the_kl_clip():
+    case = Case("LayerNorm")
+    params = {**case.params, "last": {**case.params["last"]}}
+    kernel = jnp.asarray(params["last"]["kernel"])
+    params["last"]["kernel"] = kernel.at[0].set(0.0)
+    tx = tekfac.tekfac(1.0, case.layers, damping=1e-6, kl_clip=1e-3)
+
+    @jax.jit
+    def run(params, x):
+        _, grads, stats = tekfac.value_grad_and_stats(case.loss, case.layers)(params, x)
+        return grads, *tx.update(grads, tx.init(params), params, stats=stats)
+
+    grads, updates, state = run(params, case.x)
+    assert not np.any(grads["norm"]["scale"][0])
+    # Clipped: η² ⟨ΔW, G⟩ over all that is preconditioned, the normalisation with it, is at most κ².
+    clip = float(tekfac.diagnostics(state)["kl_clip"])
+    products = jax.tree.map(lambda g, u: float((g * -u).sum()), grads, updates)
+    assert sum(jax.tree.leaves(products)) * clip <= 1.01e-3

@@ -109,6 +109,36 @@ def test_a_triangle_is_the_whole_matrix(dim, lead):
     assert numbers <= dim * (dim + 1) // 2 + k
 
 
+@needs_devices
+@limited
+def test_a_vector_is_no_triangle():
+    """As many embeddings side by side as they have rows: Φ looks like a square, and is none."""
+    tables = nn.vmap(
+        nn.Embed, in_axes=None, out_axes=1, axis_size=3, variable_axes={"params": 0},
+        split_rngs={"params": True},
+    )  # fmt: skip
+    model, ids = tables(3, 2), jnp.asarray([0, 1, 2, 2])
+    params = model.init(jax.random.key(0), ids)["params"]
+
+    def loss(params, ids):
+        return losses_of(model.apply({"params": params}, ids)).mean()
+
+    layers = tekfac.find_layers(loss, params, ids)
+
+    def delta(**options):
+        tx = tekfac.scale_by_tkfac(layers, **options)
+
+        @jax.jit
+        def run(params, ids):
+            _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, ids)
+            return tx.update(grads, tx.init(params), stats=stats)[1]
+
+        (found,) = tekfac.curvature(run(params, ids)).values()
+        return found.delta
+
+    assert relative_error(delta(mesh=mesh_of(2)), delta()) <= 1e-5
+
+
 # --- the same numbers ------------------------------------------------------------------------
 
 
@@ -370,6 +400,40 @@ def test_a_batch_that_is_filled_up(mode):
     )  # fmt: skip
     expected = first_update(network.transform(), network.loss, (network.x[:real],))
     assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("sibling", ["kfac", "ekfac"])
+def test_plain_factors_and_examples_that_do_not_count(sibling):
+    """A does not see which examples are masked: no curvature comes of it, and a failure counts."""
+    network = Network()
+    tx = {"kfac": tekfac.scale_by_kfac, "ekfac": tekfac.scale_by_ekfac}[sibling](network.layers)
+    fn = tekfac.value_grad_and_stats(network.loss, network.layers, examples=5)
+    _, grads, stats = fn(network.params, network.x)
+    updates, state = tx.update(grads, tx.init(network.params), stats=stats)
+    assert all(layer.failures > 0 for layer in state.layers.values())
+    assert_same(updates, grads, 0)
+    with pytest.raises(ValueError, match=r'examples= does not go with factors="plain"'):
+        tekfac.value_grad_and_stats(
+            network.loss, network.layers, examples=5, mode="reduced", factors="plain"
+        )
+
+
+@pytest.mark.parametrize("mode", ["raw", "reduced"])
+def test_more_examples_than_there_are(mode):
+    network = Network(mode)
+    fn = functools.partial(tekfac.value_grad_and_stats, network.loss, network.layers, mode=mode)
+    with pytest.raises(ValueError, match="examples=40 of a batch of 16"):
+        fn(examples=40)(network.params, network.x)
+    tx = tekfac.scale_by_tkfac(network.layers)
+
+    @jax.jit
+    def run(params, x, count):
+        _, grads, stats = fn(examples=count)(params, x)
+        return tx.update(grads, tx.init(params), stats=stats)[1]
+
+    state = run(network.params, network.x, jnp.float32(40))
+    assert all(layer.failures > 0 for layer in state.layers.values())
+    assert not any(layer.basis_valid for layer in state.layers.values())
 
 
 @needs_devices
