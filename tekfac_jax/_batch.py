@@ -66,9 +66,10 @@ def read_batch(
     captured = _check_captures(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
-    # Captures that were added up say that they are of more examples than there are. Not a number,
-    # so that no curvature comes of them; `failures` counts it.
+    # Not a number, so that no curvature comes of what was added up; `failures` counts it.
     unusable = local != captured if plain else local > captured
+    if stats.parts is not None:
+        unusable |= stats.parts != 1
     local = jnp.where(unusable, jnp.nan, local)
     total = local if axis_name is None else lax.psum(local, axis_name)
     return Batch(total, stats.scale / local, total)

@@ -222,7 +222,7 @@ def specs_of_statistics(stats: Any, layers: Layers, mesh: jax.sharding.Mesh, axi
         path: PartitionSpec(*[None] * len(layers[path].stack), axis) for path in stats.layers
     }
     whole: Any = PartitionSpec()
-    return Statistics(parts, whole, whole)
+    return Statistics(parts, whole, whole, whole)
 
 
 def axis_names(axis: Any) -> tuple[str, ...]:

@@ -114,7 +114,7 @@ def outside(
     q: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
 ) -> Float[Array, "*lead"]:
     """θ⊥: the mean eigenvalue outside of the columns that are kept; zero where all are."""
-    return rest / max(1, _number_outside(theta, q))
+    return jnp.maximum(rest, 0) / max(1, _number_outside(theta, q))  # rounding may leave −0
 
 
 def _number_outside(theta: Array, q: tuple[Array | None, Array]) -> int:

@@ -31,7 +31,7 @@ class Raw(NamedTuple):
 
     def finish(self, found: Captures) -> Statistics:
         """Statistics from what the slots received."""
-        return Statistics(found, self.scale, self.examples)
+        return Statistics(found, self.scale, self.examples, jnp.ones_like(self.scale))
 
 
 # From a plan, the scale of the loss and the number of examples that count to what runs the

@@ -47,11 +47,14 @@ class Statistics(NamedTuple):
         scale: what `u` is multiplied by to become the gradient of the summed loss. Shape ().
         examples: number of examples that sums are divided by, shape (); None: as many as were
             captured.
+        parts: of how many statistics this is the sum, shape (). A sum of captures means nothing,
+            and shows here; None: taken for 1.
     """
 
     layers: dict[str, tuple[Capture, ...]]
     scale: jax.Array
     examples: jax.Array | None = None
+    parts: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

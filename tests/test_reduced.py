@@ -170,10 +170,11 @@ def test_running_rescaling_with_reduced_statistics():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def test_raw_statistics_that_were_added_up_are_refused():
-    """Their sum means nothing: no curvature comes of it, and the state says so."""
+@pytest.mark.parametrize("examples", [None, 2])
+def test_raw_statistics_that_were_added_up_are_refused(examples):
+    """Their sum means nothing, also where few examples count; the state says so."""
     case = Case()
-    _, grads, stats = case.function()(case.params, case.x)
+    _, grads, stats = case.function(examples=examples)(case.params, case.x)
     tx = tekfac.scale_by_tekfac(case.layers)
     updates, state = tx.update(
         grads, tx.init(case.params), stats=jax.tree.map(jnp.add, stats, stats)
