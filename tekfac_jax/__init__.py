@@ -6,19 +6,17 @@ from tekfac_jax._devices import DevicePlan, Share, device_plan
 from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
-from tekfac_jax._reduced import Reduced, ReducedStatistics
-from tekfac_jax._sharding import opt_state_sharding
-from tekfac_jax._state import (
-    ClipByKlState,
+from tekfac_jax._readers import (
     Curvature,
-    LayerState,
-    ScaleByTekfacState,
     check_state,
     curvature,
     diagnostics,
     memory_usage,
     stats_due,
 )
+from tekfac_jax._reduced import Reduced, ReducedStatistics
+from tekfac_jax._sharding import opt_state_sharding
+from tekfac_jax._state import ClipByKlState, LayerState, ScaleByTekfacState
 from tekfac_jax._transform import (
     scale_by_ekfac,
     scale_by_kfac,

@@ -10,8 +10,8 @@ from tekfac_jax._contract import Factors
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import check_choice
 from tekfac_jax._plan import Captures, Plan
+from tekfac_jax._readers import bases_in
 from tekfac_jax._reduced import Reduction
-from tekfac_jax._state import bases_in
 
 Mode = Literal["raw", "reduced"]
 

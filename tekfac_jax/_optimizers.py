@@ -12,7 +12,8 @@ from tekfac_jax._damping import kl_factor
 from tekfac_jax._layers import Layers
 from tekfac_jax._options import also_arguments_of, check_number, same_arguments_as
 from tekfac_jax._pytrees import captured_mask, layer_path
-from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid, search
+from tekfac_jax._readers import search
+from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid
 from tekfac_jax._transform import (
     scale_by_ekfac,
     scale_by_kfac,

@@ -14,11 +14,11 @@ from tekfac_jax._damping import Damping, FcDamping
 from tekfac_jax._devices import axis_names
 from tekfac_jax._folding import FOLD
 from tekfac_jax._layers import Layers
+from tekfac_jax._state import BasisRank
 
 Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
 FactorKind = Literal["exact", "location"]
 Rescaling = Literal["exact", "running"]
-BasisRank = int | float | Literal["auto"] | None
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ class Options(NamedTuple):
     fc_damping: FcDamping = "beta"
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
-    basis_rank: Any = None
+    basis_rank: BasisRank = None
     stagger: bool = False
     axis_name: Any = None
     mesh: Any = None

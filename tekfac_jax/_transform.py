@@ -22,7 +22,6 @@ from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import (
-    BasisRank,
     FactorKind,
     Number,
     Options,
@@ -47,6 +46,7 @@ from tekfac_jax._refresh import (
 from tekfac_jax._schedule import offsets
 from tekfac_jax._sharding import keep_folded, over_mesh
 from tekfac_jax._state import (
+    BasisRank,
     LayerState,
     ScaleByTekfacState,
     debiased,

@@ -14,7 +14,7 @@ import pytest
 from flax import serialization
 
 import tekfac_jax as tekfac
-from tekfac_jax import _refresh, _state
+from tekfac_jax import _readers, _refresh
 from tekfac_jax._eigenbasis import eigenvectors
 
 LEARNING_RATE = 0.05
@@ -140,7 +140,7 @@ def types(tree):
 
 
 def our_state(opt_state) -> tekfac.ScaleByTekfacState:
-    (found,) = _state.search(opt_state, tekfac.ScaleByTekfacState)
+    (found,) = _readers.search(opt_state, tekfac.ScaleByTekfacState)
     return found
 
 
