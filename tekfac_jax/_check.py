@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._capture import value_grad_and_stats
+from tekfac_jax._chunks import sum_over_examples
 from tekfac_jax._contract import gradient_of
 from tekfac_jax._layers import Layers, at_least_float32
 from tekfac_jax._pytrees import gather_matrices
-from tekfac_jax._statistics import sum_over_examples
 
 
 def check_capture(

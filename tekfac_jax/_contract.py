@@ -1,15 +1,20 @@
 """Which contraction serves which kind of layer."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax import _embedding, _norms, _statistics
-from tekfac_jax._layers import LayerSpec, keeps_all
-from tekfac_jax._statistics import Contraction, Rescaling
+from tekfac_jax import _embedding, _norms, _orders, _statistics
+from tekfac_jax._chunks import Contraction, positions_of
+from tekfac_jax._layers import Capture, LayerSpec, keeps_all
+from tekfac_jax._statistics import Rescaling
 
 Factors = Literal["exact", "location", "plain"]
+
+_FORMED = 2**24  # numbers that the G_n of a batch may take up
 
 
 def factors_of(spec: LayerSpec, kind: Factors) -> Contraction:
@@ -42,6 +47,19 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
         return Rescaling(found, norms(a, u) - kept)
 
     return contract
+
+
+def is_formed_once(
+    spec: LayerSpec, captures: Sequence[Capture], theta_shape: tuple[int, ...]
+) -> bool:
+    """Whether exact factors and Θ, due together, come from one G_n that is kept in between."""
+    if spec.kind not in ("dense", "conv"):
+        return False
+    n, layers = captures[0].u.shape[len(spec.stack)], math.prod(spec.lead)
+    fits = layers * n * spec.in_dim * spec.out_dim <= _FORMED
+    t = positions_of(spec, captures)
+    r, p = theta_shape[-2:]
+    return fits and _orders.is_formed_once(t, spec.in_dim, spec.out_dim, r, p)
 
 
 def gradient_of(spec: LayerSpec) -> Contraction:

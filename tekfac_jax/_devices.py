@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from tekfac_jax._eigenbasis import SMALL
+from tekfac_jax._decomposition import SMALL
 from tekfac_jax._layers import Layers, LayerSpec, Statistics
 
 

@@ -1,67 +1,13 @@
-"""The Kronecker-factored eigenbasis: finding it, moving Θ into it, using it.
+"""The Kronecker-factored eigenbasis: moving Θ into it, using it.
 
 Q_Φ is None where it is the identity; Φ is then a vector, its diagonal.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
-
-from tekfac_jax._layers import zeros_like
+from jaxtyping import Array, Float
 
 HIGHEST = lax.Precision.HIGHEST
-
-
-# A factor of so few rows is decomposed in closed form.
-SMALL = 2
-
-
-def eigenvectors(
-    factor: Float[Array, "*lead d d"], mine: Bool[Array, "*lead"] | None = None
-) -> Float[Array, "*lead d d"]:
-    """Eigenvectors of symmetric factors (Eq. 3.1), not a number where they cannot be found.
-
-    A factor is divided by its trace first: eigenvectors do not care, and float32 neither
-    over- nor underflows. `eigh` answers bad input with NaN instead of an error. With `mine` only
-    those for which it is true are computed, and zero stands for the others.
-    """
-    total = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
-    return _eigh(factor / jnp.where(total > 0, total, 1), mine)
-
-
-def _eigh(
-    factor: Float[Array, "*lead d d"], mine: Bool[Array, "*lead"] | None
-) -> Float[Array, "*lead d d"]:
-    if factor.shape[-1] <= SMALL:
-        q = _small_eigh(factor)
-        return q if mine is None else jnp.where(mine[..., None, None], q, 0)
-
-    def one(factor: jax.Array) -> jax.Array:
-        return jnp.linalg.eigh(factor, symmetrize_input=False)[1]
-
-    def one_if_mine(factor: jax.Array, mine: jax.Array) -> jax.Array:
-        return lax.cond(mine, one, zeros_like, factor)
-
-    if factor.ndim == 2:
-        return one(factor) if mine is None else one_if_mine(factor, mine)
-    flat = factor.reshape(-1, *factor.shape[-2:])
-    if mine is not None:
-        q = lax.map(lambda pair: one_if_mine(*pair), (flat, mine.ravel()))
-        return q.reshape(factor.shape)
-    # Batched LAPACK calls can deadlock on CPU; on GPU a batched call is what is fast.
-    q = lax.platform_dependent(flat, cpu=lambda x: lax.map(one, x), default=jax.vmap(one))
-    return q.reshape(factor.shape)
-
-
-def _small_eigh(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
-    """Of one or two dimensions: a rotation in closed form, for very many factors at once."""
-    if factor.shape[-1] == 1:
-        return factor * 0 + 1  # not a number where the factor is none
-    a, b, c = factor[..., 0, 0], factor[..., 0, 1], factor[..., 1, 1]
-    angle = jnp.atan2(2 * b, a - c) / 2  # of the larger eigenvalue's vector
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.stack([jnp.stack([-sin, cos], axis=-1), jnp.stack([cos, sin], axis=-1)], axis=-2)
 
 
 def trace(

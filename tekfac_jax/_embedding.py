@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tekfac_jax import _statistics
+from tekfac_jax._chunks import Contraction
 from tekfac_jax._layers import row_numbers
-from tekfac_jax._statistics import HIGHEST, Contraction, Factors
+from tekfac_jax._statistics import HIGHEST, Factors
 
 
 def contractions(rows: int) -> dict[str, Contraction]:

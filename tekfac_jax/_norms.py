@@ -8,7 +8,8 @@ of the family: there is no output side.
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tekfac_jax._statistics import HIGHEST, Contraction, Factors
+from tekfac_jax._chunks import Contraction
+from tekfac_jax._statistics import HIGHEST, Factors
 
 
 def contractions(use_bias: bool) -> dict[str, Contraction]:

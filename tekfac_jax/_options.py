@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from tekfac_jax._damping import Damping, FcDamping
+from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import axis_names
 from tekfac_jax._folding import FOLD
 from tekfac_jax._layers import Layers
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
     basis_rank: BasisRank = None
+    eigenbasis: Method = "auto"
     stagger: bool = False
     axis_name: Any = None
     mesh: Any = None
@@ -77,6 +79,7 @@ def validate(layers: Any, options: Options) -> Options:
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
+    check_choice("eigenbasis", options.eigenbasis, get_args(Method))
     return options._replace(
         factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
     )

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tekfac_jax._chunks import sum_over_examples
 from tekfac_jax._contract import Factors, factors_of, rescaling_of
 from tekfac_jax._layers import Capture, LayerSpec, at_least_float32, replace, zeros_like
 from tekfac_jax._plan import Plan, Use
 from tekfac_jax._replay import Rule, Tag
-from tekfac_jax._statistics import sum_over_examples
 
 
 class Reduced(NamedTuple):

@@ -14,9 +14,11 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch
-from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._chunks import map_over_examples, sum_in_chunks, sum_over_examples, usual_size
+from tekfac_jax._contract import Factors, factors_of, is_formed_once, rescaling_of
+from tekfac_jax._decomposition import eigenvectors, is_updated, updated_eigenvectors
 from tekfac_jax._devices import Devices
-from tekfac_jax._eigenbasis import eigenvalues_in, eigenvectors, rotate, trace, transport
+from tekfac_jax._eigenbasis import eigenvalues_in, rotate, trace, transport
 from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
 from tekfac_jax._reduced import Reduced
@@ -46,10 +48,43 @@ class Captured(NamedTuple):
         """Sums over examples: Θ in the layer's basis, and the rest."""
         return self._total(rescaling_of(tools.spec, layer.q_phi, layer.q_psi), tools, layer)
 
+    def formed(self, tools: "Tools", layer: LayerState, needed: jax.Array) -> "Formed":
+        """G_n of every example, or zeros where it is not `needed`."""
+
+        def form() -> jax.Array:
+            captures, dtype = self.captures, layer.theta.dtype
+            return map_over_examples(_statistics.gradients, tools.spec, captures, self.scale, dtype)
+
+        nothing = jax.eval_shape(form)
+        g = lax.cond(needed, form, lambda: zeros_like(nothing))
+        return Formed(g, self.examples)
+
     def _total(self, contract: Any, tools: "Tools", layer: LayerState) -> Any:
-        return _statistics.sum_over_examples(
-            contract, tools.spec, self.captures, self.scale, layer.theta.dtype
-        )
+        return sum_over_examples(contract, tools.spec, self.captures, self.scale, layer.theta.dtype)
+
+
+class Formed(NamedTuple):
+    """The gradients of a layer's examples, from which both factors and Θ are contracted."""
+
+    g: jax.Array  # (*lead, n, i, o)
+    examples: jax.Array  # over all devices
+
+    def factors(self, tools: "Tools", layer: LayerState) -> Any:
+        del layer
+        return self._total(_statistics.factors_of_gradients, tools)
+
+    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
+        def contract(g: jax.Array) -> _statistics.Rescaling:
+            theta = _statistics.rescaling_of_gradients(g, layer.q_phi, layer.q_psi)
+            kept = jnp.sum(theta, axis=(-2, -1))
+            if keeps_all(tools.spec, theta.shape):
+                return _statistics.Rescaling(theta, jnp.zeros_like(kept))
+            return _statistics.Rescaling(theta, jnp.sum(g**2, axis=(-3, -2, -1)) - kept)
+
+        return self._total(contract, tools)
+
+    def _total(self, contract: Any, tools: "Tools") -> Any:
+        return sum_in_chunks(contract, self.g, len(tools.spec.lead), usual_size())
 
 
 class Summed(NamedTuple):
@@ -71,7 +106,7 @@ class Summed(NamedTuple):
         )
 
 
-Source = Captured | Summed
+Source = Captured | Formed | Summed
 
 
 class Tools(NamedTuple):
@@ -122,6 +157,27 @@ def kind_of_factors(member: Member, options: Options) -> Factors:
     return "plain" if member.plain else options.factors
 
 
+def update_layer(tools: Tools, layer: LayerState, source: Captured) -> LayerState:
+    """Factors, eigenbasis and Θ of one layer; what two of them need is formed once."""
+
+    def each(layer: LayerState, source: Captured | Formed) -> LayerState:
+        layer = update_factors(tools, layer, source)
+        layer = _update_eigenbasis(tools, layer)
+        return update_rescaling(tools, layer, source)
+
+    member, options = tools.member, tools.options
+    both = tools.kind_of_factors == "exact" and member.measured and options.rescaling == "exact"
+    if not (both and is_formed_once(tools.spec, source.captures, layer.theta.shape)):
+        return each(layer, source)
+
+    def run(layer: LayerState) -> LayerState:
+        needed = jnp.any(_factors_due(tools, layer) | _rescaling_due(tools, layer))
+        return each(layer, source.formed(tools, layer, needed))
+
+    due = _factors_due(tools, layer) | _basis_due(tools, layer) | _rescaling_due(tools, layer)
+    return lax.cond(jnp.any(due), run, lambda layer: layer, layer)
+
+
 def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerState:
     """Every T_FIM steps: δΦ and δΨ (Eq. 2.10), averaged (Eq. 3.7, 3.8)."""
     member, options = tools.member, tools.options
@@ -145,8 +201,12 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
             failures=layer.failures + jnp.int32(~ok),
         )
 
-    due = tools.at_interval(options.factor_interval) | (layer.factor_weight == 0)
-    return tools.refresh(due & (source.examples != 0), average, layer)
+    due = _factors_due(tools, layer) & (source.examples != 0)
+    return tools.refresh(due, average, layer)
+
+
+def _factors_due(tools: Tools, layer: LayerState) -> jax.Array:
+    return tools.at_interval(tools.options.factor_interval) | (layer.factor_weight == 0)
 
 
 def update_eigenbases(
@@ -157,16 +217,9 @@ def update_eigenbases(
     Where the work is shared out all layers decompose before any result travels: were each to wait
     for the one before, the devices would work one after another.
     """
-    due = {path: _basis_due(tools[path], layer) for path, layer in layers.items()}
     if all(tool.devices.plan is None for tool in tools.values()):
-        return {
-            path: tools[path].refresh(
-                due[path],
-                lambda layer, path=path: _adopt(layer, *_own_bases(tools[path], layer)),
-                layer,
-            )
-            for path, layer in layers.items()
-        }
+        return {path: _update_eigenbasis(tools[path], layer) for path, layer in layers.items()}
+    due = {path: _basis_due(tools[path], layer) for path, layer in layers.items()}
 
     def own(path: str, layer: LayerState) -> Any:
         function = functools.partial(_own_bases, tools[path])
@@ -189,6 +242,15 @@ def update_eigenbases(
     return lax.cond(any_due, run, lambda layers: layers, dict(layers))
 
 
+def _update_eigenbasis(tools: Tools, layer: LayerState) -> LayerState:
+    """The same for one layer on one device."""
+
+    def run(layer: LayerState) -> LayerState:
+        return _adopt(layer, *_own_bases(tools, layer))
+
+    return tools.refresh(_basis_due(tools, layer), run, layer)
+
+
 def _basis_due(tools: Tools, layer: LayerState) -> jax.Array:
     """Never before statistics have come: the eigenvectors of zero are arbitrary."""
     due = tools.at_interval(tools.options.eigenbasis_interval) | ~layer.basis_valid
@@ -200,7 +262,10 @@ def _own_bases(tools: Tools, layer: LayerState) -> tuple[Any, jax.Array]:
 
     def own(side: str, factor: jax.Array, old: jax.Array) -> jax.Array:
         mine = tools.devices.is_mine(tools.spec.path, side, tools.spec.lead)
-        return eigenvectors(factor, mine)[..., factor.shape[-1] - old.shape[-1] :]
+        dim, rank = old.shape[-2:]
+        if is_updated(dim, rank, tools.options.eigenbasis):
+            return updated_eigenvectors(factor, old, layer.basis_valid, mine)
+        return eigenvectors(factor, mine)[..., dim - rank :]
 
     q_phi = None if layer.q_phi is None else own("phi", layer.phi, layer.q_phi)
     return q_phi, own("psi", layer.psi, layer.q_psi)
@@ -230,13 +295,12 @@ def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
 
 def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerState:
     """Every T_RE steps: Θ in the basis in force (Eq. 3.2), averaged (Eq. 3.6)."""
-    options = tools.options
-    due = tools.at_interval(options.rescaling_interval) | (layer.theta_weight == 0)
+    due = _rescaling_due(tools, layer)
     if not tools.member.measured:
-        due |= tools.at_interval(options.eigenbasis_interval)
+        due |= tools.at_interval(tools.options.eigenbasis_interval)
         product = functools.partial(_eigenvalue_product, tools)
         return tools.refresh(due & layer.basis_valid, product, layer)
-    if options.rescaling == "running":
+    if tools.options.rescaling == "running":
         return layer
 
     def average(layer: LayerState) -> LayerState:
@@ -245,6 +309,10 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
         return _average_theta(tools, layer, new)
 
     return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)
+
+
+def _rescaling_due(tools: Tools, layer: LayerState) -> jax.Array:
+    return tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
 
 
 def update_running_rescaling(
@@ -264,8 +332,7 @@ def update_running_rescaling(
             tools, layer, _statistics.Rescaling(theta, _rest(tools, total, theta))
         )
 
-    due = tools.at_interval(tools.options.rescaling_interval) | (layer.theta_weight == 0)
-    return tools.refresh(due & layer.basis_valid, average, layer)
+    return tools.refresh(_rescaling_due(tools, layer) & layer.basis_valid, average, layer)
 
 
 def _eigenvalue_product(tools: Tools, layer: LayerState) -> LayerState:

@@ -6,7 +6,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._eigenbasis import SMALL, trace
+from tekfac_jax._decomposition import SMALL
+from tekfac_jax._eigenbasis import trace
 from tekfac_jax._folding import fold as fold_array
 from tekfac_jax._folding import unfold
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32

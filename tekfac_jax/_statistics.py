@@ -8,24 +8,22 @@ up over devices where there are several. Within a layer everything is a function
 and positions are summed before anything is squared.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from tekfac_jax._layers import Capture, LayerSpec, normal_form, zeros_like
+from tekfac_jax._chunks import on_cpu
+from tekfac_jax._layers import zeros_like
+from tekfac_jax._orders import factor_order, rescaling_order
 
 HIGHEST = lax.Precision.HIGHEST
 
-# Examples handled at once where G_n is formed, and the numbers that they may take up. On CPU
-# small matrix products are fast and large batched ones are not; elsewhere it is the reverse.
-_CHUNK_CPU = 16
-_CHUNK = 32
-_CHUNK_NUMBERS = 2**26
+# Of so few positions Σ (Σ_t a_t u_tᵀ)² is one matrix product over pairs of positions.
+_FEW = 4
 
 _BLOCK = 256  # rows of a matrix product that still runs near the peak
 
@@ -42,33 +40,68 @@ class Factors(NamedTuple):
     psi: jax.Array
 
 
-Contraction = Callable[[Array, Array], Any]
-
-
 def exact_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]) -> Factors:
     """Σ_n G_n G_nᵀ and Σ_n G_nᵀ G_n: the partial traces of the Fisher block.
 
-    Generalises Eq. 2.10 of the paper to several positions; the traces are Σ_n ‖G_n‖² = δN.
+    Generalises Eq. 2.10 of the paper to several positions; the traces are Σ_n ‖G_n‖² = δN. Each
+    through G_n, or through products of positions: whichever is cheaper (`_orders`).
     """
-    if a.shape[-2] == 1:
+    t, i, o = *a.shape[-2:], u.shape[-1]
+    if t == 1:
         return location_factors(a, u)
-    g = jnp.einsum("...nti,...nto->...nio", a, u, precision=HIGHEST)
-    psi = jnp.einsum("...nio,...nip->...op", g, g, precision=HIGHEST)
-    return Factors(_row_products(g), psi)
+    order = factor_order(t, i, o)
+    if not any(order):
+        return Factors(_through_positions(a, u), _through_positions(u, a))
+    found = factors_of_gradients(gradients(a, u))  # XLA drops the one that is not used
+    return Factors(
+        found.phi if order.phi_from_gradient else _through_positions(a, u),
+        found.psi if order.psi_from_gradient else _through_positions(u, a),
+    )
 
 
-def _row_products(g: Float[Array, "*lead n i o"]) -> Float[Array, "*lead i i"]:
-    """Σ_n G_n G_nᵀ. A large one is built from blocks, three products of four: it is symmetric."""
+def gradients(
+    a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
+) -> Float[Array, "*lead n i o"]:
+    """G_n."""
+    return jnp.einsum("...nti,...nto->...nio", a, u, precision=HIGHEST)
 
-    def block(x: Array, y: Array) -> Array:
+
+def factors_of_gradients(g: Float[Array, "*lead n i o"]) -> Factors:
+    """Σ_n G_n G_nᵀ and Σ_n G_nᵀ G_n."""
+
+    def rows(x: Array, y: Array) -> Array:
         return jnp.einsum("...nio,...njo->...ij", x, y, precision=HIGHEST)
 
-    half = g.shape[-2] // 2
+    psi = jnp.einsum("...nio,...nip->...op", g, g, precision=HIGHEST)
+    return Factors(_symmetric(rows, g, g, axis=-2), psi)
+
+
+def _through_positions(
+    x: Float[Array, "*lead n t d"], y: Float[Array, "*lead n t e"]
+) -> Float[Array, "*lead d d"]:
+    """Σ_n x_nᵀ (y_n y_nᵀ) x_n."""
+
+    def columns(x: Array, z: Array) -> Array:
+        return jnp.matmul(x.mT, z, precision=HIGHEST)
+
+    products = jnp.matmul(y, y.mT, precision=HIGHEST)
+    z = jnp.matmul(products, x, precision=HIGHEST)
+    found = _symmetric(columns, *map(_positions_as_examples, (x, z)), axis=-1)
+    return (found + found.mT) / 2  # but for rounding it is
+
+
+def _symmetric(
+    product: Callable[[Array, Array], Array], x: Array, y: Array, axis: int
+) -> Float[Array, "*lead d d"]:
+    """A symmetric product. A large one is built from blocks, three products of four."""
+    half = x.shape[axis] // 2
     if half < _BLOCK:
-        return block(g, g)
-    upper, lower = g[..., :half, :], g[..., half:, :]
-    corner = block(upper, lower)
-    return jnp.block([[block(upper, upper), corner], [corner.mT, block(lower, lower)]])
+        return product(x, y)
+    (x_upper, x_lower), (y_upper, y_lower) = (jnp.split(z, [half], axis) for z in (x, y))
+    corner = product(x_upper, y_lower)
+    upper = jnp.concatenate([product(x_upper, y_upper), corner], axis=-1)
+    lower = jnp.concatenate([corner.mT, product(x_lower, y_lower)], axis=-1)
+    return jnp.concatenate([upper, lower], axis=-2)
 
 
 def location_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]) -> Factors:
@@ -93,29 +126,62 @@ def plain_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
 def rescaling(
     a: Float[Array, "*lead n t i"],
     u: Float[Array, "*lead n t o"],
-    q_phi: Float[Array, "*lead i j"],
+    q_phi: Float[Array, "*lead i r"],
     q_psi: Float[Array, "*lead o p"],
-) -> Float[Array, "*lead j p"]:
+) -> Float[Array, "*lead r p"]:
     """Σ_n (Q_Φᵀ G_n Q_Ψ)²: the re-scaling Θ of Eq. 3.2, the square inside the mean.
 
-    Each side is rotated where it is smaller: before G_n is formed (T rows) or after (the other
-    side's width).
+    Each side is rotated at every position, before G_n is formed, or in G_n: whichever is cheaper
+    (`_orders`).
     """
-    positions, i, o = *a.shape[-2:], u.shape[-1]
-    rotate_a, rotate_u = positions < o, positions < i
-    if rotate_a:
-        a = jnp.einsum("...nti,...ij->...ntj", a, q_phi, precision=HIGHEST)
-    if rotate_u:
+    (t, i), o, r, p = a.shape[-2:], u.shape[-1], q_phi.shape[-1], q_psi.shape[-1]
+    order = rescaling_order(t, i, o, r, p)
+    if order.a_early:
+        a = jnp.einsum("...nti,...ir->...ntr", a, q_phi, precision=HIGHEST)
+    if order.u_early:
         u = jnp.einsum("...nto,...op->...ntp", u, q_psi, precision=HIGHEST)
-    if positions == 1:
-        return jnp.matmul(a[..., 0, :].mT ** 2, u[..., 0, :] ** 2, precision=HIGHEST)
-    # Examples stand in the middle: then rotating either side is one matrix product.
-    g = jnp.einsum("...nti,...nto->...ino", a, u, precision=HIGHEST)
-    if not rotate_a:
-        g = jnp.einsum("...ij,...ino->...jno", q_phi, g, precision=HIGHEST)
-    if not rotate_u:
-        g = jnp.einsum("...jno,...op->...jnp", g, q_psi, precision=HIGHEST)
+    if all(order):
+        return _squared_gradients(a, u)
+    late = (None if order.a_early else q_phi), (None if order.u_early else q_psi)
+    return rescaling_of_gradients(gradients(a, u), *late)
+
+
+def rescaling_of_gradients(
+    g: Float[Array, "*lead n i o"],
+    q_phi: Float[Array, "*lead i r"] | None,
+    q_psi: Float[Array, "*lead o p"] | None,
+) -> Float[Array, "*lead r p"]:
+    """Σ_n (Q_Φᵀ G_n Q_Ψ)²; None: that side is rotated already."""
+    if q_psi is not None:
+        g = jnp.einsum("...nio,...op->...nip", g, q_psi, precision=HIGHEST)
+    if q_phi is None:
+        return jnp.sum(g**2, axis=-3)
+    # Examples in the middle: then the rotation is one matrix product.
+    g = jnp.einsum("...ir,...nip->...rnp", q_phi, g, precision=HIGHEST)
     return jnp.sum(g**2, axis=-2)
+
+
+def _squared_gradients(
+    a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
+) -> Float[Array, "*lead i o"]:
+    """Σ_n (Σ_t a_nt u_ntᵀ)², without all G_n at once where these are what takes the time."""
+    t, i, o = *a.shape[-2:], u.shape[-1]
+    if t <= _FEW:
+        # (Σ_t x_t)² = Σ_t x_t² + 2 Σ_k Σ_t x_t x_(t+k): over pairs of positions, k apart.
+        pairs = [(x[..., k:, :], x[..., : t - k, :]) for x in (a, u) for k in range(t)]
+        a, u = (jnp.concatenate([x * y for x, y in own], axis=-2) for own in (pairs[:t], pairs[t:]))
+        counted = jnp.where(jnp.arange(a.shape[-2]) < t, 1, 2).astype(u.dtype)[:, None]
+        a, u = _positions_as_examples(a), _positions_as_examples(u * counted)
+        return jnp.maximum(jnp.matmul(a.mT, u, precision=HIGHEST), 0)  # rounding may leave −0
+    if on_cpu() and a.ndim == 3 and 2 * i * o >= t * (i + o):
+
+        def add(total: Array, example: tuple[Array, Array]) -> tuple[Array, None]:
+            x, y = example
+            return total + jnp.matmul(x.mT, y, precision=HIGHEST) ** 2, None
+
+        like = jax.eval_shape(lambda x, y: jnp.matmul(x.mT, y), a[0], u[0])
+        return lax.scan(add, zeros_like(like), (a, u))[0]
+    return jnp.sum(gradients(a, u) ** 2, axis=-3)
 
 
 class Rescaling(NamedTuple):
@@ -136,8 +202,7 @@ def squared_norms(
     """Σ_n ‖G_n‖², through G_n or through the positions' products, whichever is cheaper."""
     positions, i, o = *a.shape[-2:], u.shape[-1]
     if positions * (i + o) > i * o:
-        g = jnp.einsum("...nti,...nto->...nio", a, u, precision=HIGHEST)
-        return jnp.sum(g**2, axis=(-3, -2, -1))
+        return jnp.sum(gradients(a, u) ** 2, axis=(-3, -2, -1))
     a, u = (jnp.matmul(x, x.mT, precision=HIGHEST) for x in (a, u))
     return jnp.sum(a * u, axis=(-3, -2, -1))
 
@@ -147,76 +212,6 @@ def gradient(
 ) -> Float[Array, "*lead i o"]:
     """Σ_n G_n itself."""
     return jnp.einsum("...nti,...nto->...io", a, u, precision=HIGHEST)
-
-
-def sum_over_examples(
-    contract: Contraction,
-    spec: LayerSpec,
-    captures: Sequence[Capture],
-    scale: jax.Array,
-    dtype: Any,
-) -> Any:
-    """Applies a contraction to a layer's captures, a chunk of examples at a time.
-
-    Args:
-        contract: function of `a` [*lead, n, T, in[+1]] and `u` [*lead, n, T, out], sums over n.
-        spec: the layer.
-        captures: one per call; further calls count as further positions.
-        scale: what turns `u` into the gradient of the summed loss.
-        dtype: of the arithmetic.
-
-    Returns:
-        What `contract` returns, summed over all examples.
-    """
-    batch = len(spec.stack)  # the axis of the examples
-
-    def scaled(capture: Capture) -> Capture:
-        return Capture(capture.a, capture.u.astype(dtype) * scale.astype(dtype))
-
-    def partial_sum(chunk: Sequence[Capture]) -> Any:
-        forms = [normal_form(spec, scaled(capture), dtype) for capture in chunk]
-        a = jnp.concatenate([a for a, _ in forms], axis=-2)
-        u = jnp.concatenate([u for _, u in forms], axis=-2)
-        return contract(a, u)
-
-    n = captures[0].u.shape[batch]
-    size = min(n, _chunk_size(spec, captures))
-    if size == n:
-        return partial_sum(captures)
-    chunks, rest = divmod(n, size)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = lax.slice_in_dim(x, 0, n - rest, axis=batch)
-        x = x.reshape(*x.shape[:batch], chunks, size, *x.shape[batch + 1 :])
-        return jnp.moveaxis(x, batch, 0)
-
-    xs = jax.tree.map(split, captures)
-    if rest:
-        last = jax.tree.map(lambda x: lax.slice_in_dim(x, n - rest, n, axis=batch), captures)
-        start = partial_sum(last)
-    else:
-        first = jax.tree.map(lambda x: x[0], xs)
-        start = jax.tree.map(zeros_like, jax.eval_shape(partial_sum, first))
-
-    def add(total: Any, chunk: Sequence[Capture]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, partial_sum(chunk)), None
-
-    return lax.scan(add, start, xs)[0]
-
-
-def _chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
-    """How many examples are handled at once."""
-    layers = math.prod(spec.lead)
-    n = captures[0].u.shape[len(spec.stack)]
-    positions = sum(c.u.size for c in captures) // (layers * n * spec.out_dim)
-    if positions == 1:
-        return n
-    if spec.kind == "embed" and not spec.attended:  # G_n only in the rows that an example names
-        numbers = positions * (positions + spec.out_dim)
-    else:
-        numbers = positions * (spec.in_dim + spec.out_dim) + spec.in_dim * spec.out_dim
-    most = _CHUNK_CPU if jax.default_backend() == "cpu" else _CHUNK
-    return max(1, min(n, most, _CHUNK_NUMBERS // (layers * numbers)))
 
 
 def _positions_as_examples(x: Float[Array, "*lead n t d"]) -> Float[Array, "*lead m d"]:

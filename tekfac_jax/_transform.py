@@ -18,6 +18,7 @@ import optax
 
 from tekfac_jax._batch import check_reduced, read_batch
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
+from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
@@ -40,6 +41,7 @@ from tekfac_jax._refresh import (
     kind_of_factors,
     update_eigenbases,
     update_factors,
+    update_layer,
     update_rescaling,
     update_running_rescaling,
 )
@@ -162,9 +164,12 @@ def _refresh_curvature(
             path: Captured(captures, stats.scale, examples)
             for path, captures in stats.layers.items()
         }
-        each(update_factors, captured)
-        new.update(update_eigenbases(tools, new))
-        each(update_rescaling, captured)
+        if devices.plan is None:
+            each(update_layer, captured)
+        else:  # stage by stage: no device waits for another within a layer
+            each(update_factors, captured)
+            new.update(update_eigenbases(tools, new))
+            each(update_rescaling, captured)
     elif stats is not None:  # Θ was measured in the old basis
         summed = {path: Summed(reduced, examples) for path, reduced in stats.layers.items()}
         if member.measured:
@@ -204,6 +209,7 @@ def scale_by_tekfac(
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
     basis_rank: BasisRank = None,
+    eigenbasis: Method = "auto",
     stagger: bool = False,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -245,6 +251,11 @@ def scale_by_tekfac(
             the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
             and sides of up to 32 as a whole. The curvature outside of them is replaced by its mean
             θ⊥, so that the trace stays; a step costs less, and the state is smaller. None: all.
+        eigenbasis: ``"eigh"``: each eigendecomposition from scratch; ``"subspace"``: from the basis
+            before, which is kept where it still diagonalises its factor (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖),
+            else improved by one or two passes of subspace iteration, and found from scratch where
+            these do not suffice; ``"auto"``: the latter where at most half of the eigenvectors of
+            a side of more than 128 are kept (of whole bases it gains nothing on CPU).
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
@@ -286,7 +297,7 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, factors, rescaling, basis_rank,
-        stagger, axis_name,
+        eigenbasis, stagger, axis_name,
         mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))

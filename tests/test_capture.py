@@ -14,7 +14,7 @@ from flax.core import freeze
 
 import tekfac_jax as tekfac
 from tekfac_jax import _check
-from tekfac_jax._statistics import sum_over_examples
+from tekfac_jax._chunks import sum_over_examples
 from tests.capturing import (
     EXACT,
     HALF,

@@ -15,7 +15,7 @@ from flax import serialization
 
 import tekfac_jax as tekfac
 from tekfac_jax import _readers, _refresh
-from tekfac_jax._eigenbasis import eigenvectors
+from tekfac_jax._decomposition import eigenvectors
 
 LEARNING_RATE = 0.05
 ROUNDING = 2e-4  # relative, float32, between two programs that compute the same

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import tekfac_jax as tekfac
+from tekfac_jax._chunks import sum_over_examples
 from tekfac_jax._eigenbasis import precondition, transport
 from tekfac_jax._layers import normal_form
 from tekfac_jax._statistics import (
@@ -15,7 +16,6 @@ from tekfac_jax._statistics import (
     location_factors,
     plain_factors,
     rescaling,
-    sum_over_examples,
 )
 from tests import oracles
 from tests.oracles import CASE_NAMES, SCALE_BY, SINGLE_POSITION, make_case, relative

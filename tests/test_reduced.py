@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import tekfac_jax as tekfac
+from tekfac_jax._chunks import sum_over_examples
 from tekfac_jax._contract import factors_of, rescaling_of
-from tekfac_jax._statistics import sum_over_examples
 from tests.capturing import Net, losses_of, randn, random_params, relative_error, x64_standard
 from tests.models import MODELS, SENTENCES
 from tests.oracles import SCALE_BY
