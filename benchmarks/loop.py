@@ -159,9 +159,9 @@ class Trainer:
             self.layers = tekfac_jax.find_layers(task.loss, params, batch_stats, *batch)
         self._tx = make_optimizer(optimizer, self.layers, curvature)
 
+        step, state = jax.jit(self._step, donate_argnums=0), self.initial_state(0)
         started = time.perf_counter()
-        step = jax.jit(self._step, donate_argnums=0)
-        self.compiled = step.lower(self.initial_state(0), *batch, jnp.float32(0)).compile()
+        self.compiled = step.lower(state, *batch, jnp.float32(0)).compile()
         self.compile_seconds = time.perf_counter() - started
 
     def initial_state(self, seed: int) -> TrainState:

@@ -75,6 +75,26 @@ def read_batch(
     return Batch(total, stats.scale / local, total)
 
 
+def sampled(
+    captures: tuple[Capture, ...], spec: LayerSpec, number: int | None
+) -> tuple[tuple[Capture, ...], float]:
+    """So many of the captured examples, evenly spread, and which share of all they are.
+
+    Evenly, so that of a batch that is filled up at its end the same share counts.
+    """
+    axis = len(spec.stack)
+    captured = captures[0].u.shape[axis]
+    if number is None or number >= captured:
+        return captures, 1.0
+    stride = captured // number
+    limit = (number - 1) * stride + 1
+
+    def some(x: jax.Array) -> jax.Array:
+        return lax.slice_in_dim(x, 0, limit, stride, axis)
+
+    return jax.tree.map(some, captures), number / captured
+
+
 def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, theta: bool) -> None:
     """Raises if reduced statistics are not what a transformation needs."""
     if stats.factors != factors:

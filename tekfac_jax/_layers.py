@@ -12,7 +12,6 @@ front of everything: each has curvature of its own, and all are computed togethe
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple
@@ -367,26 +366,16 @@ def _patches(spec: LayerSpec, a: jax.Array) -> jax.Array:
     batch = a.shape[: a.ndim - rank - 1]
     a = a.reshape(-1, *a.shape[a.ndim - rank - 1 :])
     a = _pad(spec, a)
-    sizes = [
-        (size - (k - 1) * d - 1) // s + 1
-        for size, k, d, s in zip(a.shape[1:-1], window, spec.dilation, spec.strides, strict=True)
-    ]
-    views = []
-    for offset in itertools.product(*map(range, window)):
-        start = [o * d for o, d in zip(offset, spec.dilation, strict=True)]
-        stop = [
-            b + (size - 1) * s + 1 for b, size, s in zip(start, sizes, spec.strides, strict=True)
+    # One axis after the other: 3 + 3 slices for a 3×3 window instead of 9.
+    for axis in reversed(range(1, rank + 1)):
+        k, d, s = window[axis - 1], spec.dilation[axis - 1], spec.strides[axis - 1]
+        size = (a.shape[axis] - (k - 1) * d - 1) // s + 1
+        views = [
+            lax.slice_in_dim(a, start * d, start * d + (size - 1) * s + 1, s, axis)
+            for start in range(k)
         ]
-        views.append(
-            lax.slice(
-                a,
-                (0, *start, 0),
-                (a.shape[0], *stop, a.shape[-1]),
-                (1, *spec.strides, 1),
-            )
-        )
-    patches = jnp.concatenate(views, axis=-1)
-    return patches.reshape(*batch, *patches.shape[1:])
+        a = jnp.concatenate(views, axis=-1)
+    return a.reshape(*batch, *a.shape[1:])
 
 
 _PAD_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}

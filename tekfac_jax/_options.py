@@ -42,6 +42,7 @@ class Options(NamedTuple):
     fc_damping: FcDamping = "beta"
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
+    rescaling_examples: int | None = None
     basis_rank: BasisRank = None
     eigenbasis: Method = "auto"
     stagger: bool = False
@@ -79,9 +80,19 @@ def validate(layers: Any, options: Options) -> Options:
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
+    _check_rescaling_examples(options.rescaling_examples)
     check_choice("eigenbasis", options.eigenbasis, get_args(Method))
     return options._replace(
         factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
+    )
+
+
+def _check_rescaling_examples(number: Any) -> None:
+    if number is None or (isinstance(number, int) and not isinstance(number, bool) and number > 0):
+        return
+    raise ValueError(
+        "rescaling_examples must be how many examples factors and Θ are taken from (an integer, 1 "
+        f"or more), or None for all, got {number!r}"
     )
 
 

@@ -132,14 +132,6 @@ class Tools(NamedTuple):
             jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
         )
 
-    def is_finite(self, new: Any) -> jax.Array:
-        """For each of the stacked layers whether all its new numbers are finite, (*lead)."""
-        lead = len(self.spec.lead)
-        finite = [
-            jnp.all(jnp.isfinite(x), axis=tuple(range(lead, x.ndim))) for x in jax.tree.leaves(new)
-        ]
-        return functools.reduce(jnp.logical_and, finite)
-
     def at_interval(self, interval: int) -> jax.Array:
         return (self.step - self.offset) % interval == 0
 
@@ -185,7 +177,8 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     def average(layer: LayerState) -> LayerState:
         total = tools.devices.total_of_factors(source.factors(tools, layer), tools.spec)
         new = _mean(total, source.examples)
-        ok = tools.is_finite(new)
+        # Of a sum of squares the diagonal is not finite where anything is not.
+        ok = jnp.isfinite(trace(new.phi, layer.q_phi) + trace(new.psi, layer.q_psi))
         beta = options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
         psi = _average(ok, beta, layer.psi, new.psi)
@@ -275,7 +268,7 @@ def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
     """The layer with a new basis, or its old one where the new one cannot be used."""
     old, new = (layer.q_phi, layer.q_psi), (q_phi, q_psi)
     ok = functools.reduce(
-        jnp.logical_and, [jnp.all(jnp.isfinite(q), axis=(-2, -1)) for q in jax.tree.leaves(new)]
+        jnp.logical_and, [jnp.isfinite(jnp.sum(q, axis=(-2, -1))) for q in jax.tree.leaves(new)]
     )
     moved = transport(layer.theta, layer.rest, old, new)
     (q_phi, q_psi), (theta, rest) = jax.tree.map(
@@ -353,7 +346,8 @@ def _rest(tools: Tools, total: jax.Array, theta: jax.Array) -> jax.Array:
 
 
 def _average_theta(tools: Tools, layer: LayerState, new: _statistics.Rescaling) -> LayerState:
-    ok, beta = tools.is_finite(new), tools.options.rescaling_decay
+    ok = jnp.isfinite(jnp.sum(new.theta, axis=(-2, -1)) + new.rest)
+    beta = tools.options.rescaling_decay
     return layer._replace(
         theta=_average(ok, beta, layer.theta, new.theta),
         rest=_average(ok, beta, layer.rest, new.rest),

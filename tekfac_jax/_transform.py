@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tekfac_jax._batch import check_reduced, read_batch
+from tekfac_jax._batch import check_reduced, read_batch, sampled
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import Devices, devices_of
@@ -92,6 +92,11 @@ def _algorithm(
             stats, batch_size, layers, options.axis_name, required=running, plain=member.plain
         )
         if isinstance(stats, ReducedStatistics):
+            if options.rescaling_examples is not None:
+                raise ValueError(
+                    "rescaling_examples= is for raw statistics: reduced ones are sums over the "
+                    "whole batch already; leave one of the two out"
+                )
             theta_needed = member.measured and not running
             check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
         refresh = functools.partial(_refresh_curvature, layers, member, options, offset)
@@ -160,10 +165,10 @@ def _refresh_curvature(
         new.update({path: update(tools[path], new[path], sources[path]) for path in layers})
 
     if isinstance(stats, Statistics):
-        captured = {
-            path: Captured(captures, stats.scale, examples)
-            for path, captures in stats.layers.items()
-        }
+        captured = {}
+        for path, spec in layers.items():
+            some, share = sampled(stats.layers[path], spec, options.rescaling_examples)
+            captured[path] = Captured(some, stats.scale, share * examples)
         if devices.plan is None:
             each(update_layer, captured)
         else:  # stage by stage: no device waits for another within a layer
@@ -208,6 +213,7 @@ def scale_by_tekfac(
     fc_damping: FcDamping = "beta",
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
+    rescaling_examples: int | None = None,
     basis_rank: BasisRank = None,
     eigenbasis: Method = "auto",
     stagger: bool = False,
@@ -247,6 +253,10 @@ def scale_by_tekfac(
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
             mini-batch gradient alone, which must be the mean over the batch; needs no
             statistics but ``batch_size=`` at update, and is biased.
+        rescaling_examples: factors and Θ from so many of the examples, evenly spread over the batch
+            (over each device's part of it), instead of all: cheaper refreshes from noisier
+            statistics, and less memory for these. Of a batch that was filled up (``examples=``) it
+            takes the others for evenly spread, or to fill up the end. Not for reduced statistics.
         basis_rank: how many eigenvectors are kept on each side, the top ones: a number, a share of
             the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
             and sides of up to 32 as a whole. The curvature outside of them is replaced by its mean
@@ -296,9 +306,8 @@ def scale_by_tekfac(
     """
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
-        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, basis_rank,
-        eigenbasis, stagger, axis_name,
-        mesh, mesh_axis, shard_state, factor_dtype,
+        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, rescaling_examples,
+        basis_rank, eigenbasis, stagger, axis_name, mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
 
