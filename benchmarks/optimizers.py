@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import optax
+import optax.contrib
 
 import tekfac_jax
+from benchmarks.soap import soap
 
 
 class Recipe(NamedTuple):
@@ -24,6 +26,8 @@ RECIPES = {
     "kfac": Recipe(tekfac_jax.kfac, True, 0.01),
     "sgd": Recipe(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9), False, 0.1),
     "adam": Recipe(optax.adam, False, 0.001),
+    "muon": Recipe(optax.contrib.muon, False, 0.01),
+    "soap": Recipe(soap, False, 0.003),
 }
 OPTIMIZERS = tuple(RECIPES)
 
@@ -37,6 +41,7 @@ class Curvature(NamedTuple):
     damping: Any = "auto"
     stagger: bool = False
     basis_rank: Any = None
+    rescaling_examples: int | None = None
 
 
 def library_interval(name: str) -> int:

@@ -1,21 +1,21 @@
 """What a step of TEKFAC costs, as a ratio to one of SGD: ``python -m benchmarks.speed``.
 
-All steps are timed in one process, in turn, on random data: first SGD, then Adam, then each kind
-of TEKFAC step, then SGD again, and so on; the figures are medians of the ratios to the SGD step
-of the same round. One compiled TEKFAC step serves for all kinds: its three intervals are primes,
-and the step count in the state is set to what makes one refresh, all or none of them due.
+All steps are timed in one process, in turn, on random images: SGD, its peers, each kind of TEKFAC
+step, then SGD again, and so on; the figures are medians of the ratios to the SGD step of the same
+round. One compiled TEKFAC step serves for all kinds: its three intervals are primes, and the step
+count in the state is set to what makes one refresh, all or none of them due. kfac-jax and PSGD Kron
+need other versions of jax: `benchmarks.peers` times them, and ``--peers`` adds its figures here.
 """
 
 import argparse
+import functools
 import json
-import os
-import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,51 +26,36 @@ import tekfac_jax
 from benchmarks.data import Dataset
 from benchmarks.errors import UsageError, check_choice
 from benchmarks.loop import Task, Trainer
-from benchmarks.models import CNN, VGG16, ResNet20
 from benchmarks.optimizers import Curvature
 from benchmarks.options import basis_rank, exit_with
-from benchmarks.transformers import ViT
+from benchmarks.timing import BATCHES, MODELS, draw, in_turn, random_images, ratios, settings
 
 # T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
 _INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
 _COUNTS = {"off": 1, "factors": 3, "eigenbasis": 5, "rescaling": 7, "all three": 105}
 _AMORTISED = {"50/50/200": (50, 50, 200), "10/10/10": (10, 10, 10)}
-
-
-class MLP(nn.Module):
-    """784-512-256-10, without BatchNorm."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images (N, 28, 28, 1) to logits (N, 10)."""
-        del train
-        x = x.reshape(x.shape[0], -1)
-        for width in (512, 256):
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(10)(x)
-
-
-# name -> (model, shape of an image)
-MODELS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
-    "cnn": (CNN(), (8, 8, 1)),
-    "mlp": (MLP(), (28, 28, 1)),
-    "resnet20": (ResNet20(), (32, 32, 3)),
-    "vgg16-half": (VGG16(width=32), (32, 32, 3)),
-    "vit": (ViT(), (32, 32, 3)),
-}
+_PEERS = ("sgd", "adam", "muon", "soap")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times the models that are asked for, prints a table and writes JSON."""
+    """Times the models that are asked for, prints a table, writes JSON and a bar chart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="cnn,resnet20", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15, help="how often every step is timed")
     parser.add_argument(
-        "--basis-rank", type=basis_rank, help="auto, a number or a share: time a small basis"
+        "--basis-ranks", default="all,auto",
+        help="which bases are timed: all, auto, a number, a share (default: all,auto)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rescaling-examples", type=int, help="curvature from so many of the examples"
     )
     parser.add_argument(
-        "--spikes", action="store_true", help="time every step of an interval too, staggered or not"
+        "--spikes", type=int, default=0, metavar="ROUNDS",
+        help="time every step of an interval so many times, staggered and not (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--peers", type=Path, metavar="JSON", help="what benchmarks.peers wrote, for the chart"
     )
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
@@ -80,94 +65,117 @@ def main(argv: list[str] | None = None) -> None:
             check_choice("model", name, tuple(MODELS))
         if options.batch_size < 1 or options.rounds < 1:
             raise UsageError("--batch-size and --rounds must be 1 or more")
-    except UsageError as error:
-        exit_with(error, "speed")
-    results = {
-        name: measure(name, options.batch_size, options.rounds, options.basis_rank)
-        for name in names
+        ranks = {text: None if text == "all" else basis_rank(text)
+                 for text in options.basis_ranks.split(",")}  # fmt: skip
+    except (UsageError, argparse.ArgumentTypeError) as error:
+        exit_with(UsageError(str(error)), "speed")
+    curvatures = {
+        text: _INTERVALS._replace(basis_rank=rank, rescaling_examples=options.rescaling_examples)
+        for text, rank in ranks.items()
     }
-    if options.spikes:
-        for name in names:
-            results[name]["spikes"] = measure_spikes(name, options.batch_size)
+    results = {
+        name: measure(name, options.batch_size, options.rounds, curvatures) for name in names
+    }
+    for name in names:
+        for text, rank in ranks.items() if options.spikes else ():
+            found = measure_spikes(name, options.batch_size, rank, rounds=options.spikes)
+            results[name]["tekfac"][text]["spikes"] = found
+    others = json.loads(options.peers.read_text())["results"] if options.peers else {}
     _show(results)
     options.out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "batch_size": options.batch_size,
-        "rounds": options.rounds,
-        "basis_rank": options.basis_rank,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "jax": jax.__version__,
-        "tekfac_jax": tekfac_jax.__version__,
+    record = {
+        "settings": {
+            "batch_size": options.batch_size,
+            "rounds": options.rounds,
+            "rescaling_examples": options.rescaling_examples,
+            "tekfac_jax": tekfac_jax.__version__,
+            **settings(),
+        },
+        "results": results,
     }
     path = options.out / "speed.json"
-    path.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
-    print(f"\nwritten: {path}")
+    path.write_text(json.dumps(record, indent=2))
+    draw({name: _bars(found, others.get(name, {})) for name, found in results.items()},
+         options.out / "speed.png")  # fmt: skip
+    print(f"\nwritten: {path}, {options.out / 'speed.png'}")
 
 
-def measure(name: str, batch_size: int, rounds: int, rank: Any = None) -> dict[str, Any]:
+def measure(
+    name: str, batch_size: int, rounds: int, curvatures: dict[str, Curvature]
+) -> dict[str, Any]:
     """All figures of one model.
 
     Returns:
-        ``ratios``: median ratio to SGD for each kind of step; ``spread``: the quartiles of these
-        ratios; ``sgd_ms``; and for compile seconds and temporary MiB a figure for each optimizer.
+        For each of ``peers``, and under ``tekfac`` for each curvature and kind of step: the median
+        ``ratio`` to SGD and its ``quartiles``; with the compile ``seconds`` and temporary ``mib``
+        of each program, and ``sgd_ms``.
     """
-    model, shape = MODELS[name]
-    task = Task(_random_data(shape, batch_size), model, batch_size)
-    curvature = _INTERVALS._replace(basis_rank=rank)
-    trainers = {o: Trainer(task, o, curvature) for o in ("sgd", "adam", "tekfac")}
-    batch = next(task.batches(seed=0, epoch=0))
-    states = {o: trainer.initial_state(0) for o, trainer in trainers.items()}
+    task = _task(name, batch_size)
+    trainers = {o: Trainer(task, o, _INTERVALS) for o in _PEERS}
+    for text, curvature in curvatures.items():
+        trainers[text] = Trainer(task, "tekfac", curvature)
+    batches = list(task.batches(seed=0, epoch=0))
+    states = {key: trainer.initial_state(0) for key, trainer in trainers.items()}
+    taken = dict.fromkeys(trainers, 0)
 
-    def step(optimizer: str, count: int | None = None) -> float:
-        state = states[optimizer]
+    def step(key: str, count: int | None = None) -> float:
+        state, batch = states[key], batches[taken[key] % len(batches)]
+        taken[key] += 1
         if count is not None:
             state = state.replace(opt_state=_at_count(state.opt_state, count))
         jax.block_until_ready(state)
         started = time.perf_counter()
-        states[optimizer], loss = trainers[optimizer].compiled(state, *batch, jnp.float32(1e-4))
-        jax.block_until_ready((states[optimizer], loss))
+        states[key], loss = trainers[key].compiled(state, *batch, jnp.float32(1e-4))
+        jax.block_until_ready((states[key], loss))
         return time.perf_counter() - started
 
-    for _ in range(2):  # the first steps touch new memory, and fill the curvature
-        for optimizer, count in (("sgd", None), ("adam", None), ("tekfac", _COUNTS["all three"])):
-            step(optimizer, count)
-    times: dict[str, list[float]] = {key: [] for key in ("sgd", "adam", *_COUNTS)}
-    for _ in range(rounds):
-        times["sgd"].append(step("sgd"))
-        times["adam"].append(step("adam"))
+    for _ in range(3):  # the first steps touch new memory, and fill the curvature
+        for key in trainers:
+            step(key, _COUNTS["all three"] if key in curvatures else None)
+    steps: dict[Any, Callable[[], float]] = {o: lambda o=o: step(o) for o in _PEERS}
+    for text in curvatures:
         for kind, count in _COUNTS.items():
-            times[kind].append(step("tekfac", count))
-    ratios = {
-        kind: [t / sgd for t, sgd in zip(values, times["sgd"], strict=True)]
-        for kind, values in times.items()
-        if kind != "sgd"
-    }
-    medians = {kind: statistics.median(values) for kind, values in ratios.items()}
+            steps[text, kind] = lambda text=text, count=count: step(text, count)
+    times = in_turn(steps, rounds)
+    found = ratios(times, "sgd")
+
+    def program(key: str) -> dict[str, float]:
+        compiled = trainers[key].compiled
+        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        return {"compile_seconds": trainers[key].compile_seconds, "temporary_mib": mib}
+
+    tekfac = {}
+    for text in curvatures:
+        kinds: dict[str, Any] = {kind: found[text, kind] for kind in _COUNTS}
+        for amortised, intervals in _AMORTISED.items():
+            kinds[amortised] = {"ratio": _amortised(kinds, intervals)}
+        tekfac[text] = {"kinds": kinds, **program(text)}
     return {
-        "ratios": medians | {k: _amortised(medians, t) for k, t in _AMORTISED.items()},
-        "spread": {k: np.quantile(v, [0.25, 0.75]).tolist() for k, v in ratios.items()},
+        "peers": {o: found[o] | program(o) for o in _PEERS},
+        "tekfac": tekfac,
         "sgd_ms": 1e3 * statistics.median(times["sgd"]),
-        "compile_seconds": {o: t.compile_seconds for o, t in trainers.items()},
-        "temporary_mib": {o: _temporary_mib(t.compiled) for o, t in trainers.items()},
     }
 
 
-def measure_spikes(name: str, batch_size: int, *, interval: int = 50, rounds: int = 3) -> Any:
+def measure_spikes(
+    name: str, batch_size: int, rank: Any, *, interval: int = 50, rounds: int = 3
+) -> dict[str, float]:
     """The worst step of an interval over the median one, with `stagger` and without.
 
     All three refreshes have the same interval. Each of its steps is timed `rounds` times, in
     turn with the other kind, and counts with the median; the first interval, in which everything is
     new, is left out.
     """
-    model, shape = MODELS[name]
-    task = Task(_random_data(shape, batch_size), model, batch_size)
-    batch = next(task.batches(seed=0, epoch=0))
+    task = _task(name, batch_size)
+    batches = list(task.batches(seed=0, epoch=0))
+    every = Curvature(interval, interval, interval, basis_rank=rank)
     kinds = {"together": False, "staggered": True}
     trainers = {
-        kind: Trainer(task, "tekfac", Curvature(interval, interval, interval, stagger=stagger))
+        kind: Trainer(
+            task,
+            "tekfac",
+            every._replace(stagger=stagger),
+        )
         for kind, stagger in kinds.items()
     }
     states = {kind: trainer.initial_state(0) for kind, trainer in trainers.items()}
@@ -175,7 +183,8 @@ def measure_spikes(name: str, batch_size: int, *, interval: int = 50, rounds: in
     for _ in range(1 + rounds):
         for kind in kinds:
             times[kind].append([])
-        for _ in range(interval):
+        for step in range(interval):
+            batch = batches[step % len(batches)]
             for kind, trainer in trainers.items():
                 started = time.perf_counter()
                 states[kind], loss = trainer.compiled(states[kind], *batch, jnp.float32(1e-4))
@@ -188,11 +197,13 @@ def measure_spikes(name: str, batch_size: int, *, interval: int = 50, rounds: in
     return spikes
 
 
-def _amortised(ratios: dict[str, float], intervals: tuple[int, int, int]) -> float:
+def _amortised(kinds: dict[str, Any], intervals: tuple[int, int, int]) -> float:
     """Mean cost of a step: the off-step, and each refresh's surplus over its interval."""
-    kinds = ("factors", "eigenbasis", "rescaling")
-    off = ratios["off"]
-    return off + sum((ratios[k] - off) / t for k, t in zip(kinds, intervals, strict=True))
+    off = kinds["off"]["ratio"]
+    refreshes = ("factors", "eigenbasis", "rescaling")
+    return off + sum(
+        (kinds[k]["ratio"] - off) / t for k, t in zip(refreshes, intervals, strict=True)
+    )
 
 
 def _at_count(opt_state: Any, count: int) -> Any:
@@ -207,31 +218,65 @@ def _at_count(opt_state: Any, count: int) -> Any:
     return jax.tree.map(change, opt_state, is_leaf=is_ours)
 
 
-def _temporary_mib(compiled: Any) -> float:
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+def _task(name: str, batch_size: int) -> Task:
+    model, shape = MODELS[name]
+    images, labels = random_images(shape, BATCHES * batch_size)
+    data = Dataset("random", images, labels, images[:1], labels[:1], 10)
+    return Task(data, model, batch_size)
 
 
-def _random_data(shape: tuple[int, int, int], batch_size: int) -> Dataset:
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(batch_size, *shape)).astype(np.float32)
-    labels = rng.integers(10, size=batch_size).astype(np.int32)
-    return Dataset("random", images, labels, images[:1], labels[:1], 10)
+def _bars(found: dict[str, Any], others: dict[str, Any]) -> dict[str, float]:
+    """What is drawn of one model: a step's cost by optimizer, refreshes shared out over steps."""
+    bars = {o: f["ratio"] for o, f in found["peers"].items() if o != "sgd"}
+    bars |= {name: value["ratio"] for name, value in others.items()}
+    for text, program in found["tekfac"].items():
+        for kind in ("off", *_AMORTISED, "all three"):
+            label = "1/1/1" if kind == "all three" else kind
+            bars[f"tekfac, {text}, {label}"] = program["kinds"][kind]["ratio"]
+    return bars
 
 
 def _show(results: dict[str, dict[str, Any]]) -> None:
     """Prints a column for each model."""
     table = Table("ratio to a step of SGD with momentum", *results)
-    for kind in next(iter(results.values()))["ratios"]:
-        table.add_row(kind, *(f"{r['ratios'][kind]:.2f}" for r in results.values()))
-    for what, unit in (("compile_seconds", "compile, s"), ("temporary_mib", "temporary, MiB")):
-        cells = (", ".join(f"{o} {v:.1f}" for o, v in r[what].items()) for r in results.values())
-        table.add_row(unit, *cells)
-    if all("spikes" in r for r in results.values()):
-        for kind in ("together", "staggered"):
-            cells = (f"{r['spikes'][kind]:.2f}" for r in results.values())
-            table.add_row(f"worst step over median, {kind}", *cells)
-    table.add_row("SGD step, ms", *(f"{r['sgd_ms']:.1f}" for r in results.values()))
+    first = next(iter(results.values()))
+
+    def row(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(label, *(cell(found) for found in results.values()))
+
+    for peer in _PEERS[1:]:
+        row(peer, lambda found, peer=peer: f"{found['peers'][peer]['ratio']:.2f}")
+    row("SGD, ms a step", lambda found: f"{found['sgd_ms']:.1f}")
+    for text, program in first["tekfac"].items():
+        table.add_section()
+
+        def own(found: dict[str, Any], text: str = text) -> dict[str, Any]:
+            return found["tekfac"][text]
+
+        for kind in program["kinds"]:
+            ratio = functools.partial(_ratio, own, kind)
+            row(f"tekfac, {text}: {kind}", ratio)
+        for what in ("compile_seconds", "temporary_mib"):
+            against = functools.partial(_against_sgd, own, what)
+            row(f"tekfac, {text}: {what.split('_')[0]}", against)
+        for kind in program.get("spikes", ()):
+            spike = functools.partial(_spike, own, kind)
+            row(f"tekfac, {text}: worst step over median, {kind}", spike)
     Console(width=100).print(table)
+
+
+def _ratio(own: Callable[..., dict[str, Any]], kind: str, found: dict[str, Any]) -> str:
+    return f"{own(found)['kinds'][kind]['ratio']:.2f}"
+
+
+def _against_sgd(own: Callable[..., dict[str, Any]], what: str, found: dict[str, Any]) -> str:
+    """A program's seconds or MiB, and how many times SGD's they are."""
+    value = own(found)[what]
+    return f"{value:.1f} ({value / found['peers']['sgd'][what]:.1f} x)"
+
+
+def _spike(own: Callable[..., dict[str, Any]], kind: str, found: dict[str, Any]) -> str:
+    return f"{own(found)['spikes'][kind]:.2f}"
 
 
 if __name__ == "__main__":
