@@ -11,7 +11,7 @@ from jax import lax
 from tekfac_jax._layers import Capture, LayerSpec, normal_form, zeros_like
 
 # Examples handled at once, where memory allows, and the numbers that they may take up.
-_EXAMPLES_CPU = 16
+_EXAMPLES_CPU = 8
 _EXAMPLES = 32
 _NUMBERS = 2**26
 

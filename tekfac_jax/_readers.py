@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tekfac_jax._decomposition import residual
 from tekfac_jax._eigenbasis import eigenvalues_in, outside
 from tekfac_jax._layers import Layers
 from tekfac_jax._reduced import Basis
@@ -160,7 +161,9 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     Returns:
         ``{path}/trace`` (tr Θ), ``{path}/kept`` (its share in the columns that are kept, see
         `basis_rank`), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
-        ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/failures``
+        ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/phi_residual``
+        and ``{path}/psi_residual`` (‖ΦQ − QΛ‖ / ‖Φ‖: how far the factor has moved away from the
+        basis in force), ``{path}/failures``
         (non-finite statistics and decompositions so far), and ``kl_clip`` (what the last step
         was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum of
         the traces and failures, the least of the shares, and the largest of the others.
@@ -181,12 +184,19 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         params/damping 0.0
         params/phi_spread 0.0
         params/psi_spread 0.0
+        params/phi_residual 0.0
+        params/psi_residual 0.0
         params/failures 0
         kl_clip 1.0
     """
 
     def spread(factor: jax.Array, q: jax.Array | None) -> jax.Array:
         return jnp.max(eigenvalues_in(unit_trace(factor, q), q)) * factor.shape[-1]
+
+    def stale(factor: jax.Array, q: jax.Array | None) -> jax.Array:
+        if q is None:
+            return jnp.zeros((), factor.dtype)
+        return jnp.max(residual(unit_trace(factor, q), q))
 
     scalars = {}
     for path, layer in _layer_states(opt_state).items():
@@ -199,6 +209,8 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             f"{path}/damping": jnp.max(layer.damping),
             f"{path}/phi_spread": spread(layer.phi, layer.q_phi),
             f"{path}/psi_spread": spread(layer.psi, layer.q_psi),
+            f"{path}/phi_residual": stale(layer.phi, layer.q_phi),
+            f"{path}/psi_residual": stale(layer.psi, layer.q_psi),
             f"{path}/failures": jnp.sum(layer.failures),
         }
     for clip in search(opt_state, ClipByKlState):
