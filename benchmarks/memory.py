@@ -1,11 +1,14 @@
 """What statistics cost in memory: ``python -m benchmarks.memory``.
 
 Temporary memory of a compiled gradient, from XLA's own analysis: of the plain gradient, with raw
-statistics, and with reduced ones. Nothing is run.
+statistics, and with reduced ones. Then what optimizers remember of the kernels and biases of known
+networks, from their shapes. Nothing is run.
 """
 
 import argparse
+import functools
 import json
+import math
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +22,8 @@ from rich.table import Table
 
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
+from benchmarks.models import VGG16, ResNet20
+from benchmarks.networks import NETWORKS
 from benchmarks.options import exit_with
 
 
@@ -73,6 +78,11 @@ def main(argv: list[str] | None = None) -> None:
     for kind in next(iter(results.values())):
         table.add_row(kind, *(f"{result[kind]:.1f}" for result in results.values()))
     Console(width=100).print(table)
+    states = {name: states_of(layers) for name, layers in known_networks().items()}
+    table = Table("MiB of state", *states)
+    for kind in next(iter(states.values())):
+        table.add_row(kind, *(f"{state[kind]:,.1f}" for state in states.values()))
+    Console(width=100).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     settings = {
         "depth": options.depth, "width": options.width, "positions": options.positions,
@@ -81,8 +91,49 @@ def main(argv: list[str] | None = None) -> None:
         "tekfac_jax": tekfac.__version__,
     }  # fmt: skip
     path = options.out / "memory.json"
-    path.write_text(json.dumps({"settings": settings, "results": results}, indent=2))
+    path.write_text(
+        json.dumps({"settings": settings, "results": results, "states": states}, indent=2)
+    )
     print(f"\nwritten: {path}")
+
+
+def known_networks() -> dict[str, tekfac.Layers]:
+    """Layers by the name of their network."""
+    found = {}
+    for name, model in (("ResNet20", ResNet20()), ("VGG16", VGG16())):
+        x = jnp.zeros((2, 32, 32, 3))
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+
+        def loss_fn(params: Any, rest: Any, x: jax.Array, model: nn.Module = model) -> jax.Array:
+            return jnp.mean(model.apply({"params": params, **rest}, x, train=False) ** 2)
+
+        rest = {key: value for key, value in variables.items() if key != "params"}
+        found[name] = tekfac.find_layers(loss_fn, variables["params"], rest, x)
+    return found | {name: NETWORKS[name] for name in ("ResNet-50", "ViT-B")}
+
+
+def states_of(layers: tekfac.Layers) -> dict[str, float]:
+    """MiB in float32 that optimizers keep of these layers, momentum among it, by optimizer.
+
+    K-FAC: two factors and their inverses, and momentum. SOAP: two factors and their eigenvectors,
+    and Adam's two averages (Vyas et al. 2024, without limits on the sides).
+    """
+    parameters = sum(math.prod(s.lead) * s.in_dim * s.out_dim for s in layers.values())
+    squares = sum(math.prod(s.lead) * (s.in_dim**2 + s.out_dim**2) for s in layers.values())
+
+    def ours(rank: Any) -> float:
+        state = jax.eval_shape(tekfac.scale_by_tekfac(layers, basis_rank=rank).init, None)
+        curvature = sum(sum(kinds.values()) for kinds in tekfac.memory_usage(state).values())
+        return (curvature + 4 * parameters) / 2**20
+
+    return {
+        "SGD with momentum": 4 * parameters / 2**20,
+        "Adam": 8 * parameters / 2**20,
+        "K-FAC": 4 * (2 * squares + parameters) / 2**20,
+        "SOAP": 4 * (2 * squares + 2 * parameters) / 2**20,
+        "TEKFAC": ours(None),
+        'TEKFAC, basis_rank="auto"': ours("auto"),
+    }
 
 
 def measure(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, float]:

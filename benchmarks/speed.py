@@ -32,8 +32,8 @@ from benchmarks.options import basis_rank, exit_with
 from benchmarks.timing import BATCHES, MODELS, draw, in_turn, random_images, ratios, settings
 
 # T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
-_INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
-_COUNTS = {"off": 1, "factors": 3, "eigenbasis": 5, "rescaling": 7, "all three": 105}
+INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
+COUNTS = {"off": 1, "factors": 3, "eigenbasis": 5, "rescaling": 7, "all three": 105}
 _AMORTISED = {"50/50/200": (50, 50, 200), "10/10/10": (10, 10, 10)}
 _PEERS = ("sgd", "adam", "muon", "soap")
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UsageError, argparse.ArgumentTypeError) as error:
         exit_with(UsageError(str(error)), "speed")
     curvatures = {
-        text: _INTERVALS._replace(basis_rank=rank, rescaling_examples=options.rescaling_examples)
+        text: INTERVALS._replace(basis_rank=rank, rescaling_examples=options.rescaling_examples)
         for text, rank in ranks.items()
     }
     results = {
@@ -111,8 +111,8 @@ def measure(
         ``ratio`` to SGD and its ``quartiles``; with the compile ``seconds`` and temporary ``mib``
         of each program, and ``sgd_ms``.
     """
-    task = _task(name, batch_size)
-    trainers = {o: Trainer(task, o, _INTERVALS) for o in _PEERS}
+    task = make_task(name, batch_size)
+    trainers = {o: Trainer(task, o, INTERVALS) for o in _PEERS}
     for text, curvature in curvatures.items():
         trainers[text] = Trainer(task, "tekfac", curvature)
     batches = list(task.batches(seed=0, epoch=0))
@@ -123,7 +123,7 @@ def measure(
         state, batch = states[key], batches[taken[key] % len(batches)]
         taken[key] += 1
         if count is not None:
-            state = state.replace(opt_state=_at_count(state.opt_state, count))
+            state = state.replace(opt_state=at_count(state.opt_state, count))
         jax.block_until_ready(state)
         started = time.perf_counter()
         states[key], loss = trainers[key].compiled(state, *batch, jnp.float32(1e-4))
@@ -132,10 +132,10 @@ def measure(
 
     for _ in range(3):  # the first steps touch new memory, and fill the curvature
         for key in trainers:
-            step(key, _COUNTS["all three"] if key in curvatures else None)
+            step(key, COUNTS["all three"] if key in curvatures else None)
     steps: dict[Any, Callable[[], float]] = {o: lambda o=o: step(o) for o in _PEERS}
     for text in curvatures:
-        for kind, count in _COUNTS.items():
+        for kind, count in COUNTS.items():
             steps[text, kind] = lambda text=text, count=count: step(text, count)
     times = in_turn(steps, rounds)
     found = ratios(times, "sgd")
@@ -147,7 +147,7 @@ def measure(
 
     tekfac = {}
     for text in curvatures:
-        kinds: dict[str, Any] = {kind: found[text, kind] for kind in _COUNTS}
+        kinds: dict[str, Any] = {kind: found[text, kind] for kind in COUNTS}
         for amortised, intervals in _AMORTISED.items():
             kinds[amortised] = {"ratio": _amortised(kinds, intervals)}
         tekfac[text] = {"kinds": kinds, **program(text)}
@@ -167,7 +167,7 @@ def measure_spikes(
     turn with the other kind, and counts with the median; the first interval, in which everything is
     new, is left out.
     """
-    task = _task(name, batch_size)
+    task = make_task(name, batch_size)
     batches = list(task.batches(seed=0, epoch=0))
     every = Curvature(interval, interval, interval, basis_rank=rank)
     kinds = {"together": False, "staggered": True}
@@ -211,7 +211,7 @@ def _amortised(kinds: dict[str, Any], intervals: tuple[int, int, int]) -> float:
     return off + total
 
 
-def _at_count(opt_state: Any, count: int) -> Any:
+def at_count(opt_state: Any, count: int) -> Any:
     """The optimizer state with another step count in the curvature's part."""
 
     def is_ours(node: Any) -> bool:
@@ -223,7 +223,8 @@ def _at_count(opt_state: Any, count: int) -> Any:
     return jax.tree.map(change, opt_state, is_leaf=is_ours)
 
 
-def _task(name: str, batch_size: int) -> Task:
+def make_task(name: str, batch_size: int) -> Task:
+    """A model on a few batches of random images."""
     model, shape = MODELS[name]
     images, labels = random_images(shape, BATCHES * batch_size)
     data = Dataset("random", images, labels, images[:1], labels[:1], 10)

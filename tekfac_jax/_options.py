@@ -44,6 +44,7 @@ class Options(NamedTuple):
     rescaling: Rescaling = "exact"
     rescaling_examples: int | None = None
     basis_rank: BasisRank = None
+    max_dim: int | None = None
     eigenbasis: Method = "auto"
     stagger: bool = False
     axis_name: Any = None
@@ -80,19 +81,26 @@ def validate(layers: Any, options: Options) -> Options:
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
-    _check_rescaling_examples(options.rescaling_examples)
+    _check_count(
+        "rescaling_examples",
+        options.rescaling_examples,
+        "how many examples factors and Θ are taken from",
+        "all",
+    )
+    _check_count(
+        "max_dim", options.max_dim, "the largest side that keeps all its eigenvectors", "no limit"
+    )
     check_choice("eigenbasis", options.eigenbasis, get_args(Method))
     return options._replace(
         factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
     )
 
 
-def _check_rescaling_examples(number: Any) -> None:
-    if number is None or (isinstance(number, int) and not isinstance(number, bool) and number > 0):
+def _check_count(name: str, value: Any, meaning: str, none: str) -> None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return
     raise ValueError(
-        "rescaling_examples must be how many examples factors and Θ are taken from (an integer, 1 "
-        f"or more), or None for all, got {number!r}"
+        f"{name} must be {meaning} (an integer, 1 or more), or None for {none}, got {value!r}"
     )
 
 
@@ -105,10 +113,11 @@ def _check_basis_rank(options: Options) -> None:
             'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
             f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
         )
-    if rank is not None and options.shard_state:
-        raise ValueError(
-            "basis_rank and shard_state=True do not go together: leave one of them out"
-        )
+    for name in ("basis_rank", "max_dim"):
+        if getattr(options, name) is not None and options.shard_state:
+            raise ValueError(
+                f"{name} and shard_state=True do not go together: leave one of them out"
+            )
 
 
 def _mesh_axis(options: Options) -> Any:

@@ -56,7 +56,8 @@ class Captured(NamedTuple):
             return map_over_examples(_statistics.gradients, tools.spec, captures, self.scale, dtype)
 
         nothing = jax.eval_shape(form)
-        g = lax.cond(needed, form, lambda: zeros_like(nothing))
+        with jax.named_scope("tekfac gradients"):
+            g = lax.cond(needed, form, lambda: zeros_like(nothing))
         return Formed(g, self.examples)
 
     def _total(self, contract: Any, tools: "Tools", layer: LayerState) -> Any:
@@ -195,7 +196,8 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
         )
 
     due = _factors_due(tools, layer) & (source.examples != 0)
-    return tools.refresh(due, average, layer)
+    with jax.named_scope("tekfac factors"):
+        return tools.refresh(due, average, layer)
 
 
 def _factors_due(tools: Tools, layer: LayerState) -> jax.Array:
@@ -241,7 +243,8 @@ def _update_eigenbasis(tools: Tools, layer: LayerState) -> LayerState:
     def run(layer: LayerState) -> LayerState:
         return _adopt(layer, *_own_bases(tools, layer))
 
-    return tools.refresh(_basis_due(tools, layer), run, layer)
+    with jax.named_scope("tekfac eigenbasis"):
+        return tools.refresh(_basis_due(tools, layer), run, layer)
 
 
 def _basis_due(tools: Tools, layer: LayerState) -> jax.Array:
@@ -301,7 +304,8 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
         new = _mean(total, source.examples)
         return _average_theta(tools, layer, new)
 
-    return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)
+    with jax.named_scope("tekfac rescaling"):
+        return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)
 
 
 def _rescaling_due(tools: Tools, layer: LayerState) -> jax.Array:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from tekfac_jax._layers import Layers, LayerSpec
+from tekfac_jax._orders import factor_order, rescaling_order
 
 _EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
 
@@ -38,7 +39,9 @@ def offsets(
 def _costs(spec: LayerSpec) -> tuple[float, float, float]:
     """Flop of factors, decompositions and Θ."""
     t, i, o, lead = spec.positions, spec.in_dim, spec.out_dim, math.prod(spec.lead)
-    factors = 2 * t * i * o + (2 * i * o * (i + o) if t > 1 else 2 * (i**2 + o**2))
-    rescaling = 2 * t * i * o + 2 * min(t, o) * i**2 + 2 * min(t, i) * o**2
+    if not spec.has_input_basis:  # of an embedding's rows an example names no more than positions
+        i = min(i, t)
+    factors = 2 * (factor_order(t, i, o).cost(t, i, o) if t > 1 else i**2 + o**2)
+    rescaling = 2 * (rescaling_order(t, i, o, i, o).cost(t, i, o, i, o))
     decompositions = 9 * (i**3 * spec.has_input_basis + o**3)
     return lead * _EXAMPLES * factors, lead * decompositions, lead * _EXAMPLES * rescaling

@@ -99,13 +99,17 @@ def _square_names(layer: LayerState) -> tuple[str, ...]:
     return ("psi", "q_psi") if layer.q_phi is None else SQUARES
 
 
-def kept_columns(spec: LayerSpec, basis_rank: BasisRank) -> tuple[int, int]:
+def kept_columns(
+    spec: LayerSpec, basis_rank: BasisRank, max_dim: int | None = None
+) -> tuple[int, int]:
     """How many eigenvectors are kept of Φ and of Ψ."""
 
     def kept(dim: int, auto: float) -> int:
-        if basis_rank is None or (basis_rank == "auto" and dim <= WHOLE):
+        is_large = max_dim is not None and dim > max_dim
+        rule = "auto" if basis_rank is None and is_large else basis_rank
+        if rule is None or (rule == "auto" and dim <= WHOLE):
             return dim
-        share = auto if isinstance(basis_rank, str) else basis_rank
+        share = auto if isinstance(rule, str) else rule
         rank = math.ceil(share * dim) if isinstance(share, float) else share
         return min(dim, max(rank, SMALL))
 
@@ -114,14 +118,19 @@ def kept_columns(spec: LayerSpec, basis_rank: BasisRank) -> tuple[int, int]:
 
 
 def initial_state(
-    layers: Layers, factor_dtype: Any, *, basis_rank: BasisRank = None, fold: bool = False
+    layers: Layers,
+    factor_dtype: Any,
+    *,
+    basis_rank: BasisRank = None,
+    max_dim: int | None = None,
+    fold: bool = False,
 ) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
     as_kept = folded if fold else lambda layer: layer
 
     def layer(spec: LayerSpec) -> LayerState:
         i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
-        lead, (r, p) = spec.lead, kept_columns(spec, basis_rank)
+        lead, (r, p) = spec.lead, kept_columns(spec, basis_rank, max_dim)
         shapes: dict[str, tuple[int, ...]] = dict(
             phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, r), q_psi=(o, p),
             basis_valid=(), theta=(r, p), rest=(), theta_weight=(), damping=(), failures=(),

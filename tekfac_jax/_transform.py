@@ -73,7 +73,11 @@ def _algorithm(
     def init(params: Any) -> ScaleByTekfacState:
         del params  # the structure comes from `layers`: optax calls init with placeholders
         return initial_state(
-            layers, options.factor_dtype, basis_rank=options.basis_rank, fold=options.shard_state
+            layers,
+            options.factor_dtype,
+            basis_rank=options.basis_rank,
+            max_dim=options.max_dim,
+            fold=options.shard_state,
         )
 
     def update(
@@ -121,7 +125,8 @@ def _algorithm(
         for path, gradient in gradients.items():
             g = gradient.astype(theta[path].dtype)
             basis = new[path].q_phi, new[path].q_psi
-            natural = precondition(g, *basis, theta[path], rest[path], damping[path])
+            with jax.named_scope("tekfac precondition"):
+                natural = precondition(g, *basis, theta[path], rest[path], damping[path])
             usable = for_each(valid[path], g)
             directions[path] = jnp.where(usable, natural, g).astype(gradient.dtype)
         new = {
@@ -215,6 +220,7 @@ def scale_by_tekfac(
     rescaling: Rescaling = "exact",
     rescaling_examples: int | None = None,
     basis_rank: BasisRank = None,
+    max_dim: int | None = None,
     eigenbasis: Method = "auto",
     stagger: bool = False,
     axis_name: Any = None,
@@ -261,6 +267,8 @@ def scale_by_tekfac(
             the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
             and sides of up to 32 as a whole. The curvature outside of them is replaced by its mean
             θ⊥, so that the trace stays; a step costs less, and the state is smaller. None: all.
+        max_dim: with `basis_rank` None, a side with more rows keeps ``"auto"`` of its eigenvectors
+            instead of all; None: no limit. Its factor is kept whole.
         eigenbasis: ``"eigh"``: each eigendecomposition from scratch; ``"subspace"``: from the basis
             before, which is kept where it still diagonalises its factor (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖),
             else improved by one or two passes of subspace iteration, and found from scratch where
@@ -307,7 +315,8 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, factors, rescaling, rescaling_examples,
-        basis_rank, eigenbasis, stagger, axis_name, mesh, mesh_axis, shard_state, factor_dtype,
+        basis_rank, max_dim, eigenbasis, stagger, axis_name, mesh, mesh_axis, shard_state,
+        factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
 

@@ -274,6 +274,27 @@ def test_auto_keeps_small_sides_whole(dims, kept):
     assert state.layers["layer_0"].theta.shape == kept
 
 
+@pytest.mark.parametrize(
+    ("rank", "max_dim", "kept"),
+    [
+        (None, 577, (577, 256)), (None, 576, (73, 256)), (None, 256, (73, 256)),
+        (None, 100, (73, 64)), (None, 8, (73, 64)), ("auto", 10_000, (73, 64)),
+        (7, 10_000, (7, 7)), (None, None, (577, 256)),
+    ],
+)  # fmt: skip
+def test_only_sides_above_the_limit_are_truncated(rank, max_dim, kept):
+    state = tekfac.scale_by_tekfac(make_layers(577, 256), basis_rank=rank, max_dim=max_dim).init(
+        None
+    )
+    assert state.layers["layer_0"].theta.shape == kept
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+def test_limits_out_of_range(limit):
+    with pytest.raises(ValueError, match=r"max_dim must be the largest side.*got"):
+        tekfac.scale_by_tekfac(make_layers(4, 4), max_dim=limit)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 0.0, 1.5, True, "all"])
 def test_ranks_out_of_range(rank):
     with pytest.raises(ValueError, match=r"basis_rank must be None.*\"auto\".*got"):
