@@ -12,12 +12,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
-from benchmarks import memory, speed, text
+from benchmarks import memory, peers, profile, speed, text
 from benchmarks.cifar import VARIANTS
 from benchmarks.data import DataError, load_dataset
 from benchmarks.errors import UsageError
@@ -25,7 +27,9 @@ from benchmarks.loop import Task, Trainer, cosine
 from benchmarks.models import make_model
 from benchmarks.optimizers import OPTIMIZERS, Curvature
 from benchmarks.search import TRIALS, search_learning_rate
+from benchmarks.soap import soap
 from benchmarks.text import WINDOW, cut_text
+from benchmarks.timing import random_images
 from benchmarks.train import main
 from benchmarks.transformers import Transformer, ViT
 from benchmarks.unpickle import safe_loads
@@ -700,6 +704,12 @@ def test_memory_benchmark(tmp_path, capsys):
     for result in written["results"].values():
         assert result["plain gradient"] < result["with raw statistics"]
         assert all(value > 0 for value in result.values())
+    for name, state in written["states"].items():
+        assert state["Adam"] == 2 * state["SGD with momentum"], name
+        assert state["SGD with momentum"] < state['TEKFAC, basis_rank="auto"'] < state["TEKFAC"]
+        # Two factors, two bases, and three times the parameters: Θ and momentum here, and there
+        # two averages.
+        assert state["TEKFAC"] == pytest.approx(state["SOAP"], rel=1e-3)
     assert "with reduced statistics" in capsys.readouterr().out
     with pytest.raises(SystemExit) as end:
         memory.main(["--depth", "0"])
@@ -711,13 +721,82 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(speed, "measure_spikes", functools.partial(
         speed.measure_spikes, interval=3, rounds=1
     ))  # fmt: skip
-    speed.main(["--models", "cnn", "--batch-size", "8", "--rounds", "2", "--spikes",
+    speed.main(["--models", "cnn", "--batch-size", "8", "--rounds", "2", "--spikes", "1",
                 "--out", str(tmp_path)])  # fmt: skip
     found = json.loads((tmp_path / "speed.json").read_text())["results"]["cnn"]
-    assert set(found["ratios"]) >= {"off", "factors", "eigenbasis", "rescaling", "all three"}
-    assert min(found["ratios"].values()) > 0
-    assert set(found["spikes"]) == {"together", "staggered"}
-    assert min(found["spikes"].values()) >= 1
+    assert set(found["peers"]) == {"sgd", "adam", "muon", "soap"}
+    assert set(found["tekfac"]) == {"all", "auto"}
+    for program in found["tekfac"].values():
+        kinds = program["kinds"]
+        assert set(kinds) == {"off", "factors", "eigenbasis", "rescaling", "all three",
+                              "50/50/200", "10/10/10"}  # fmt: skip
+        assert min(kind["ratio"] for kind in kinds.values()) > 0
+        assert set(program["spikes"]) == {"together", "staggered"}
+        assert min(program["spikes"].values()) >= 1
+    assert (tmp_path / "speed.png").stat().st_size > 0
     assert "worst step over median, staggered" in capsys.readouterr().out
+    for wrong in (["--rounds", "0"], ["--basis-ranks", "all,most"], ["--models", "no"]):
+        with pytest.raises(SystemExit):
+            speed.main(wrong)
+
+
+def test_what_falls_together_costs_once():
+    kinds = {"off": 1.0, "factors": 2.0, "eigenbasis": 3.0, "rescaling": 4.0, "all three": 5.0}
+    kinds = {kind: {"ratio": ratio} for kind, ratio in kinds.items()}
+    assert speed._amortised(kinds, (10, 10, 10)) == pytest.approx(1 + 4 / 10)
+    # Of 200 steps one with all three, and three with factors and eigenbasis.
+    expected = 1 + (4 + 3 * (1 + 2)) / 200
+    assert speed._amortised(kinds, (50, 50, 200)) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_profile(capsys):
+    profile.main(["--model", "cnn", "--batch-size", "8", "--steps", "1"])
+    out = capsys.readouterr().out
+    for part in ("forward pass", "backward pass", "factors", "eigenbasis", "precondition"):
+        assert part in out
     with pytest.raises(SystemExit):
-        speed.main(["--rounds", "0"])
+        profile.main(["--steps", "0"])
+
+
+def test_peers_without_the_peers(tmp_path, monkeypatch):
+    """SGD against itself, since neither peer runs here: rounds, batches and JSON."""
+
+    def twice(problem):
+        return {"again": peers._optax_step(problem, optax.sgd(1e-4, momentum=0.9))}
+
+    monkeypatch.setitem(peers.PEERS, "again", twice)
+    peers.main(["--models", "cnn", "--peers", "again", "--rounds", "2", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "peers.json").read_text())["results"]["cnn"]
+    assert set(found) == {"again"}
+    assert found["again"]["ratio"] > 0
+
+
+def test_images_have_a_natural_spectrum():
+    images, labels = random_images((16, 12, 2), 40)
+    assert images.shape == (40, 16, 12, 2)
+    assert images.dtype == np.float32
+    assert set(labels) <= set(range(10))
+    power = (np.abs(np.fft.fft2(images, axes=(1, 2))) ** 2).mean(axis=(0, 3))
+    assert power[0, 1] > 3 * power[0, 3] > 9 * power[0, 6]
+
+
+def test_soap_is_adam_in_the_eigenbasis():
+    """Against the same steps written out with numpy, and Adam where nothing is rotated."""
+    rng = np.random.default_rng(0)
+    grads = [{"w": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)} for _ in range(4)]
+    tx = soap(0.1, interval=100)
+    state = tx.init(grads[0])
+    update, state = tx.update(grads[0], state)
+    np.testing.assert_array_equal(update["w"], 0)
+    left, right = (np.linalg.eigh(f)[1][:, ::-1] for f in
+                   (grads[0]["w"] @ grads[0]["w"].T, grads[0]["w"].T @ grads[0]["w"]))  # fmt: skip
+    mean, square = 0.05 * np.asarray(grads[0]["w"]), 0.0
+    for k, g in enumerate(grads[1:], start=1):
+        update, state = tx.update(g, state)
+        g = np.asarray(g["w"])
+        mean = 0.95 * mean + 0.05 * g
+        square = 0.95 * square + 0.05 * (left.T @ g @ right) ** 2
+        direction = left.T @ mean @ right / (1 - 0.95 ** (k + 1))
+        direction = direction / (np.sqrt(square / (1 - 0.95**k)) + 1e-8)
+        np.testing.assert_allclose(update["w"], -0.1 * left @ direction @ right.T, rtol=2e-3)
