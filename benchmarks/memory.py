@@ -105,7 +105,8 @@ def known_networks() -> dict[str, tekfac.Layers]:
         variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
 
         def loss_fn(params: Any, rest: Any, x: jax.Array, model: nn.Module = model) -> jax.Array:
-            return jnp.mean(model.apply({"params": params, **rest}, x, train=False) ** 2)
+            outputs: Any = model.apply({"params": params, **rest}, x, train=False)
+            return jnp.mean(outputs**2)
 
         rest = {key: value for key, value in variables.items() if key != "params"}
         found[name] = tekfac.find_layers(loss_fn, variables["params"], rest, x)

@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> None:
         exit_with(error, "profile")
     task = make_task(options.model, options.batch_size)
     trainer = Trainer(task, "tekfac", INTERVALS._replace(basis_rank=options.basis_rank))
-    parts = parts_of(trainer.compiled.as_text())
+    parts = parts_of(trainer.compiled.as_text() or "")
     batches = list(task.batches(seed=0, epoch=0))
     state = trainer.initial_state(0)
-    found: dict[str, collections.Counter[str]] = {}
-    single: collections.Counter[tuple[str, str]] = collections.Counter()
+    found: dict[str, dict[str, float]] = {}
+    single: dict[tuple[str, str], float] = collections.defaultdict(float)
     for kind, count in {"": 105, **COUNTS}.items():  # the first one fills the curvature
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
@@ -57,14 +57,14 @@ def main(argv: list[str] | None = None) -> None:
                     batch = batches[step % len(batches)]
                     state, _ = trainer.compiled(state, *batch, jnp.float32(1e-4))
                 jax.block_until_ready(state)
-            found[kind] = collections.Counter()
+            found[kind] = collections.defaultdict(float)
             for name, milliseconds in _events(Path(folder)):
                 part = parts.get(name)
                 if part is not None:
                     found[kind][part] += milliseconds / options.steps
                     if kind == "all three":
                         single[part, name] += milliseconds / options.steps
-    _show(found, single.most_common(options.top))
+    _show(found, sorted(single.items(), key=lambda item: -item[1])[: options.top])
 
 
 def parts_of(program: str) -> dict[str, str]:
@@ -95,9 +95,7 @@ def _events(folder: Path) -> Iterator[tuple[str, float]]:
                     yield event.name, event.duration_ns / 1e6
 
 
-def _show(
-    found: dict[str, collections.Counter[str]], top: list[tuple[tuple[str, str], float]]
-) -> None:
+def _show(found: dict[str, dict[str, float]], top: list[tuple[tuple[str, str], float]]) -> None:
     kinds = list(COUNTS)
     parts = sorted({part for kind in kinds for part in found[kind]},
                    key=lambda part: -found["all three"][part])  # fmt: skip

@@ -16,9 +16,9 @@ class _Leaf(NamedTuple):
 
 
 class SoapState(NamedTuple):
-    """Count, and for each parameter Adam's averages and the two bases they are kept in."""
+    """Steps taken, and for each parameter Adam's averages and the two bases they are kept in."""
 
-    count: jax.Array
+    steps: jax.Array
     leaves: Any
 
 
@@ -59,15 +59,15 @@ def soap(
 
         return SoapState(jnp.zeros((), jnp.int32), jax.tree.map(leaf, params))
 
-    def update(updates: Any, state: SoapState, params: Any = None) -> tuple[Any, SoapState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, SoapState]:
         del params
         flat, tree = jax.tree.flatten(updates)
         pairs = [
-            _step(_matrix(g), leaf, state.count, b1, b2, eps, interval, max_dim)
+            _step(_matrix(g), leaf, state.steps, b1, b2, eps, interval, max_dim)
             for g, leaf in zip(flat, tree.flatten_up_to(state.leaves), strict=True)
         ]
         moved = [u.reshape(g.shape) for (u, _), g in zip(pairs, flat, strict=True)]
-        new = SoapState(state.count + 1, tree.unflatten([leaf for _, leaf in pairs]))
+        new = SoapState(state.steps + 1, tree.unflatten([leaf for _, leaf in pairs]))
         return tree.unflatten(moved), new
 
     return optax.chain(

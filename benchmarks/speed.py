@@ -137,12 +137,13 @@ def measure(
     for text in curvatures:
         for kind, count in COUNTS.items():
             steps[text, kind] = lambda text=text, count=count: step(text, count)
-    times = in_turn(steps, rounds)
-    found = ratios(times, "sgd")
+    times: dict[Any, list[float]] = in_turn(steps, rounds)
+    found: dict[Any, Any] = ratios(times, "sgd")
 
     def program(key: str) -> dict[str, float]:
         compiled = trainers[key].compiled
-        mib = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        analysis: Any = compiled.memory_analysis()
+        mib = analysis.temp_size_in_bytes / 2**20
         return {"compile_seconds": trainers[key].compile_seconds, "temporary_mib": mib}
 
     tekfac = {}

@@ -60,15 +60,15 @@ def random_images(shape: tuple[int, int, int], number: int) -> tuple[np.ndarray,
     return (images / images.std()).astype(np.float32), labels.astype(np.int32)
 
 
-def in_turn(steps: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def in_turn(steps: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
     """Seconds of each step, so many times each: a slow minute of the machine meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
     for _, (name, step) in itertools.product(range(rounds), steps.items()):
         times[name].append(step())
     return times
 
 
-def ratios(times: Mapping[str, list[float]], base: str) -> dict[str, dict[str, Any]]:
+def ratios(times: Mapping[Any, list[float]], base: Any) -> dict[Any, dict[str, Any]]:
     """For each step the median and the quartiles of its ratio to `base` in the same round."""
     found = {}
     for name, values in times.items():

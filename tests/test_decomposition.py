@@ -183,7 +183,7 @@ def states_of(name, eigenbasis, rank, steps=5):
         layers, factor_interval=1, eigenbasis_interval=1, rescaling_interval=1, damping=0.1,
         basis_rank=rank, eigenbasis=eigenbasis,
     )  # fmt: skip
-    state, update = tx.init(case.params), jax.jit(tx.update)
+    state, update, updates = tx.init(case.params), jax.jit(tx.update), None
     grads, stats = case.grads_and_stats(layers)
     for k in range(steps):
         captures = {
