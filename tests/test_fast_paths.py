@@ -318,6 +318,7 @@ def test_some_examples_of_every_device():
     assert_same(on_devices, Network(rescaling_examples=8).on_one_device(), 1e-10)
 
 
+@x64
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "half"])
 def test_numbers_of_examples_out_of_range(number):
     with pytest.raises(ValueError, match=r"rescaling_examples must be .*1 or more.* got"):
