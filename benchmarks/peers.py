@@ -3,8 +3,9 @@
 Neither runs on the versions of jax that tekfac_jax needs, so this module does without it and wants
 an environment of its own::
 
-    pip install "jax==0.8.2" "flax==0.11.2" kfac-jax rich matplotlib scikit-learn   # kfac-jax
-    pip install "jax==0.5.3" "flax==0.10.6" distributed-kron rich matplotlib scikit-learn  # Kron
+    pip install "jax==0.8.2" "flax==0.11.2" kfac-jax rich matplotlib scikit-learn
+
+distributed-kron 2.0 wants an older jax still: with 0.6.2 to 0.10.2 its import fails.
 
 As in `benchmarks.speed` each step is a ratio to one of SGD with momentum that ran in the same
 round of the same process, on the same random images, at batch 128.
