@@ -261,7 +261,7 @@ def scale_by_tekfac(
             statistics but ``batch_size=`` at update, and is biased.
         rescaling_examples: factors and Θ from so many of the examples, evenly spread over the batch
             (over each device's part of it), instead of all: cheaper refreshes from noisier
-            statistics, and less memory for these. Of a batch that was filled up (``examples=``) it
+            statistics. Of a batch that was filled up (``examples=``) it
             takes the others for evenly spread, or to fill up the end. Not for reduced statistics.
         basis_rank: how many eigenvectors are kept on each side, the top ones: a number, a share of
             the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
