@@ -460,7 +460,7 @@ def assert_refused(arguments, message, capsys):
         ("--dataset alice --subset 9000", "a subset of 9000 training windows .* alice has 2027"),
         ("--dataset alice --subset 20", "a batch of 32 is more than the 20 training windows"),
         ("--model vgg16", "vgg16 is made for 32x32 images, these are 8x8"),
-        ("--optimizers tekfac,muon", "unknown optimizer 'muon'"),
+        ("--optimizers tekfac,lion", "unknown optimizer 'lion'"),
         ("--optimizers sgd,sgd", "twice"),
         ("--subset 2000", "a subset of 2000 training images .* digits has 1437"),
         ("--subset 50", "a batch of 64 is more than the 50 training images"),
