@@ -15,6 +15,7 @@ from tekfac_jax._statistics import Rescaling
 Factors = Literal["exact", "location", "plain"]
 
 _FORMED = 2**24  # numbers that the G_n of a batch may take up
+FORMED_IN_ALL = 2**27  # and those of all layers, where they are kept at the same time
 
 
 def factors_of(spec: LayerSpec, kind: Factors) -> Contraction:
@@ -49,17 +50,22 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
     return contract
 
 
-def is_formed_once(
+def numbers_formed_once(
     spec: LayerSpec, captures: Sequence[Capture], theta_shape: tuple[int, ...]
-) -> bool:
-    """Whether exact factors and Θ, due together, come from one G_n that is kept in between."""
+) -> int:
+    """The size of the G_n from which both exact factors and Θ come, where that is cheaper.
+
+    Returns:
+        Numbers that are kept between the two; 0: each is contracted by itself.
+    """
     if spec.kind not in ("dense", "conv"):
-        return False
+        return 0
     n, layers = captures[0].u.shape[len(spec.stack)], math.prod(spec.lead)
-    fits = layers * n * spec.in_dim * spec.out_dim <= _FORMED
+    numbers = layers * n * spec.in_dim * spec.out_dim
     t = positions_of(spec, captures)
     r, p = theta_shape[-2:]
-    return fits and _orders.is_formed_once(t, spec.in_dim, spec.out_dim, r, p)
+    pays = _orders.is_formed_once(t, spec.in_dim, spec.out_dim, r, p)
+    return numbers if pays and numbers <= _FORMED else 0
 
 
 def gradient_of(spec: LayerSpec) -> Contraction:

@@ -1,7 +1,7 @@
 """The three refreshes of a layer's curvature, each at its interval.
 
 Factors, eigenbasis and re-scaling; where the statistics come from (captured, or contracted in the
-backward pass) is the business of a source, which gives sums over examples.
+backward pass) is the business of a source.
 """
 
 import functools
@@ -14,14 +14,18 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch
-from tekfac_jax._chunks import map_over_examples, sum_in_chunks, sum_over_examples, usual_size
-from tekfac_jax._contract import Factors, factors_of, is_formed_once, rescaling_of
-from tekfac_jax._decomposition import eigenvectors, is_updated, updated_eigenvectors
+from tekfac_jax._contract import (
+    FORMED_IN_ALL,
+    Factors,
+    numbers_formed_once,
+)
+from tekfac_jax._decomposition import Method, eigenvectors, is_updated, updated_eigenvectors
 from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, rotate, trace, transport
-from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
+from tekfac_jax._layers import LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
-from tekfac_jax._reduced import Reduced
+from tekfac_jax._sources import Captured, Formed, Source
+from tekfac_jax._stacked import by_shape, is_stacked
 from tekfac_jax._state import LayerState, debiased, for_each, unit_trace
 
 
@@ -30,84 +34,6 @@ class Member(NamedTuple):
 
     plain: bool  # factors A and U instead of the trace-restricted Φ and Ψ
     measured: bool  # Θ measured in the eigenbasis instead of the factors' eigenvalues
-
-
-class Captured(NamedTuple):
-    """A layer's statistics as they were captured."""
-
-    captures: tuple[Capture, ...]
-    scale: jax.Array
-    examples: jax.Array  # over all devices
-
-    def factors(self, tools: "Tools", layer: LayerState) -> Any:
-        """Sums over examples: δΦ and δΨ."""
-        kind = tools.kind_of_factors
-        return self._total(factors_of(tools.spec, kind), tools, layer)
-
-    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
-        """Sums over examples: Θ in the layer's basis, and the rest."""
-        return self._total(rescaling_of(tools.spec, layer.q_phi, layer.q_psi), tools, layer)
-
-    def formed(self, tools: "Tools", layer: LayerState, needed: jax.Array) -> "Formed":
-        """G_n of every example, or zeros where it is not `needed`."""
-
-        def form() -> jax.Array:
-            captures, dtype = self.captures, layer.theta.dtype
-            return map_over_examples(_statistics.gradients, tools.spec, captures, self.scale, dtype)
-
-        nothing = jax.eval_shape(form)
-        with jax.named_scope("tekfac gradients"):
-            g = lax.cond(needed, form, lambda: zeros_like(nothing))
-        return Formed(g, self.examples)
-
-    def _total(self, contract: Any, tools: "Tools", layer: LayerState) -> Any:
-        return sum_over_examples(contract, tools.spec, self.captures, self.scale, layer.theta.dtype)
-
-
-class Formed(NamedTuple):
-    """The gradients of a layer's examples, from which both factors and Θ are contracted."""
-
-    g: jax.Array  # (*lead, n, i, o)
-    examples: jax.Array  # over all devices
-
-    def factors(self, tools: "Tools", layer: LayerState) -> Any:
-        del layer
-        return self._total(_statistics.factors_of_gradients, tools)
-
-    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
-        def contract(g: jax.Array) -> _statistics.Rescaling:
-            theta = _statistics.rescaling_of_gradients(g, layer.q_phi, layer.q_psi)
-            kept = jnp.sum(theta, axis=(-2, -1))
-            if keeps_all(tools.spec, theta.shape):
-                return _statistics.Rescaling(theta, jnp.zeros_like(kept))
-            return _statistics.Rescaling(theta, jnp.sum(g**2, axis=(-3, -2, -1)) - kept)
-
-        return self._total(contract, tools)
-
-    def _total(self, contract: Any, tools: "Tools") -> Any:
-        return sum_in_chunks(contract, self.g, len(tools.spec.lead), usual_size())
-
-
-class Summed(NamedTuple):
-    """A layer's statistics, contracted in the backward pass."""
-
-    reduced: Reduced
-    examples: jax.Array  # over all devices; 0: nothing was contracted
-
-    def factors(self, tools: "Tools", layer: LayerState) -> Any:
-        del tools
-        dtype = layer.theta.dtype
-        return _statistics.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
-
-    def rescaling(self, tools: "Tools", layer: LayerState) -> Any:
-        del tools
-        dtype = layer.theta.dtype
-        return _statistics.Rescaling(
-            self.reduced.theta.astype(dtype), self.reduced.rest.astype(dtype)
-        )
-
-
-Source = Captured | Formed | Summed
 
 
 class Tools(NamedTuple):
@@ -150,7 +76,56 @@ def kind_of_factors(member: Member, options: Options) -> Factors:
     return "plain" if member.plain else options.factors
 
 
-def update_layer(tools: Tools, layer: LayerState, source: Captured) -> LayerState:
+def update_layers(
+    tools: Mapping[str, Tools], layers: Mapping[str, LayerState], sources: Mapping[str, Captured]
+) -> dict[str, LayerState]:
+    """Factors, eigenbasis and Θ of all layers, from what was captured.
+
+    Layer by layer, so that little memory is in use at once; or in stages, each of them for all
+    layers: where devices share the work none waits for another within a layer, and on GPU
+    decompositions of equal size are one call.
+    """
+    if not _in_stages(tools):
+        return {path: _update_layer(tools[path], layers[path], sources[path]) for path in layers}
+
+    def run(layers: dict[str, LayerState]) -> dict[str, LayerState]:
+        shared = _formed_once(tools, layers, sources)
+        layers = {p: update_factors(tools[p], layer, shared[p]) for p, layer in layers.items()}
+        layers = update_eigenbases(tools, layers)
+        return {p: update_rescaling(tools[p], layer, shared[p]) for p, layer in layers.items()}
+
+    due = [jnp.any(_due(tools[path], layer)) for path, layer in layers.items()]
+    return lax.cond(jnp.any(jnp.stack(due)), run, lambda layers: layers, dict(layers))
+
+
+def _in_stages(tools: Mapping[str, Tools]) -> bool:
+    first = next(iter(tools.values()))
+    return first.devices.plan is not None or (is_stacked() and not first.options.stagger)
+
+
+def _formed_once(
+    tools: Mapping[str, Tools], layers: Mapping[str, LayerState], sources: Mapping[str, Captured]
+) -> dict[str, Captured | Formed]:
+    """The sources of all layers, with G_n where it serves twice and memory allows."""
+    shared: dict[str, Captured | Formed] = dict(sources)
+    left = FORMED_IN_ALL
+    for path, layer in layers.items():
+        numbers = _numbers_formed_once(tools[path], layer, sources[path])
+        if 0 < numbers <= left:
+            left -= numbers
+            needed = jnp.any(_factors_due(tools[path], layer) | _rescaling_due(tools[path], layer))
+            shared[path] = sources[path].formed(tools[path].spec, layer, needed)
+    return shared
+
+
+def _numbers_formed_once(tools: Tools, layer: LayerState, source: Captured) -> int:
+    """The size of the G_n that serve factors and Θ; 0: each contracts by itself."""
+    member, options = tools.member, tools.options
+    both = tools.kind_of_factors == "exact" and member.measured and options.rescaling == "exact"
+    return numbers_formed_once(tools.spec, source.captures, layer.theta.shape) if both else 0
+
+
+def _update_layer(tools: Tools, layer: LayerState, source: Captured) -> LayerState:
     """Factors, eigenbasis and Θ of one layer; what two of them need is formed once."""
 
     def each(layer: LayerState, source: Captured | Formed) -> LayerState:
@@ -158,17 +133,18 @@ def update_layer(tools: Tools, layer: LayerState, source: Captured) -> LayerStat
         layer = _update_eigenbasis(tools, layer)
         return update_rescaling(tools, layer, source)
 
-    member, options = tools.member, tools.options
-    both = tools.kind_of_factors == "exact" and member.measured and options.rescaling == "exact"
-    if not (both and is_formed_once(tools.spec, source.captures, layer.theta.shape)):
+    if not _numbers_formed_once(tools, layer, source):
         return each(layer, source)
 
     def run(layer: LayerState) -> LayerState:
         needed = jnp.any(_factors_due(tools, layer) | _rescaling_due(tools, layer))
-        return each(layer, source.formed(tools, layer, needed))
+        return each(layer, source.formed(tools.spec, layer, needed))
 
-    due = _factors_due(tools, layer) | _basis_due(tools, layer) | _rescaling_due(tools, layer)
-    return lax.cond(jnp.any(due), run, lambda layer: layer, layer)
+    return lax.cond(jnp.any(_due(tools, layer)), run, lambda layer: layer, layer)
+
+
+def _due(tools: Tools, layer: LayerState) -> jax.Array:
+    return _factors_due(tools, layer) | _basis_due(tools, layer) | _rescaling_due(tools, layer)
 
 
 def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerState:
@@ -176,7 +152,8 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     member, options = tools.member, tools.options
 
     def average(layer: LayerState) -> LayerState:
-        total = tools.devices.total_of_factors(source.factors(tools, layer), tools.spec)
+        sums = source.factors(tools.spec, layer, tools.kind_of_factors)
+        total = tools.devices.total_of_factors(sums, tools.spec)
         new = _mean(total, source.examples)
         # Of a sum of squares the diagonal is not finite where anything is not.
         ok = jnp.isfinite(trace(new.phi, layer.q_phi) + trace(new.psi, layer.q_psi))
@@ -209,21 +186,19 @@ def update_eigenbases(
 ) -> dict[str, LayerState]:
     """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1), and Θ seen in the new basis.
 
-    Where the work is shared out all layers decompose before any result travels: were each to wait
-    for the one before, the devices would work one after another.
+    In stages all layers decompose before any result is used: were each to wait for the one
+    before, devices that share the work would work one after another.
     """
-    if all(tool.devices.plan is None for tool in tools.values()):
+    if not _in_stages(tools):
         return {path: _update_eigenbasis(tools[path], layer) for path, layer in layers.items()}
     due = {path: _basis_due(tools[path], layer) for path, layer in layers.items()}
 
-    def own(path: str, layer: LayerState) -> Any:
-        function = functools.partial(_own_bases, tools[path])
-        nothing = jax.eval_shape(function, layer)
-        zeros = functools.partial(jax.tree.map, zeros_like, nothing)
-        return lax.cond(jnp.any(due[path]), function, lambda layer: zeros(), layer)
+    def shared_out(layers: dict[str, LayerState]) -> dict[str, Any]:
+        return {path: _bases_if(due[path], tools[path], layer) for path, layer in layers.items()}
 
     def run(layers: dict[str, LayerState]) -> dict[str, LayerState]:
-        bases = {path: own(path, layer) for path, layer in layers.items()}
+        is_alone = all(tool.devices.plan is None for tool in tools.values())
+        bases = _bases_by_shape(tools, layers) if is_alone else shared_out(layers)
         return {
             path: tools[path].refresh(
                 due[path],
@@ -234,7 +209,33 @@ def update_eigenbases(
         }
 
     any_due = jnp.any(jnp.stack([jnp.any(d) for d in due.values()]))
-    return lax.cond(any_due, run, lambda layers: layers, dict(layers))
+    with jax.named_scope("tekfac eigenbasis"):
+        return lax.cond(any_due, run, lambda layers: layers, dict(layers))
+
+
+def _bases_if(due: jax.Array, tools: Tools, layer: LayerState) -> Any:
+    """This device's part of a layer's bases, or zeros."""
+    function = functools.partial(_own_bases, tools)
+    nothing = jax.eval_shape(function, layer)
+    return lax.cond(jnp.any(due), function, lambda layer: jax.tree.map(zeros_like, nothing), layer)
+
+
+def _bases_by_shape(
+    tools: Mapping[str, Tools], layers: Mapping[str, LayerState]
+) -> dict[str, tuple[Any, jax.Array]]:
+    """The bases of all layers, those of equal size together."""
+    method = next(iter(tools.values())).options.eigenbasis
+
+    def basis(factor: jax.Array, old: jax.Array, valid: jax.Array) -> jax.Array:
+        return _basis_of(factor, old, valid, None, method)
+
+    arguments = {}
+    for path, layer in layers.items():
+        if layer.q_phi is not None:
+            arguments[path, "phi"] = (layer.phi, layer.q_phi, layer.basis_valid)
+        arguments[path, "psi"] = (layer.psi, layer.q_psi, layer.basis_valid)
+    found = by_shape(basis, arguments)
+    return {path: (found.get((path, "phi")), found[path, "psi"]) for path in layers}
 
 
 def _update_eigenbasis(tools: Tools, layer: LayerState) -> LayerState:
@@ -258,13 +259,19 @@ def _own_bases(tools: Tools, layer: LayerState) -> tuple[Any, jax.Array]:
 
     def own(side: str, factor: jax.Array, old: jax.Array) -> jax.Array:
         mine = tools.devices.is_mine(tools.spec.path, side, tools.spec.lead)
-        dim, rank = old.shape[-2:]
-        if is_updated(dim, rank, tools.options.eigenbasis):
-            return updated_eigenvectors(factor, old, layer.basis_valid, mine)
-        return eigenvectors(factor, mine)[..., dim - rank :]
+        return _basis_of(factor, old, layer.basis_valid, mine, tools.options.eigenbasis)
 
     q_phi = None if layer.q_phi is None else own("phi", layer.phi, layer.q_phi)
     return q_phi, own("psi", layer.psi, layer.q_psi)
+
+
+def _basis_of(
+    factor: jax.Array, old: jax.Array, valid: jax.Array, mine: jax.Array | None, method: Method
+) -> jax.Array:
+    dim, rank = old.shape[-2:]
+    if is_updated(dim, rank, method):
+        return updated_eigenvectors(factor, old, valid, mine)
+    return eigenvectors(factor, mine)[..., dim - rank :]
 
 
 def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
@@ -300,7 +307,7 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
         return layer
 
     def average(layer: LayerState) -> LayerState:
-        total = tools.devices.total(source.rescaling(tools, layer))
+        total = tools.devices.total(source.rescaling(tools.spec, layer))
         new = _mean(total, source.examples)
         return _average_theta(tools, layer, new)
 

@@ -33,20 +33,19 @@ from tekfac_jax._options import (
 from tekfac_jax._pytrees import gather_matrices, scatter_matrices
 from tekfac_jax._reduced import ReducedStatistics
 from tekfac_jax._refresh import (
-    Captured,
     Member,
-    Source,
-    Summed,
     Tools,
     kind_of_factors,
     update_eigenbases,
     update_factors,
-    update_layer,
+    update_layers,
     update_rescaling,
     update_running_rescaling,
 )
 from tekfac_jax._schedule import offsets
 from tekfac_jax._sharding import keep_folded, over_mesh
+from tekfac_jax._sources import Captured, Source, Summed
+from tekfac_jax._stacked import by_shape
 from tekfac_jax._state import (
     BasisRank,
     LayerState,
@@ -121,14 +120,19 @@ def _algorithm(
             damping=options.damping, trace_floor=options.trace_floor,
             damping_scale=options.damping_scale, fc_damping=options.fc_damping,
         )  # fmt: skip
-        directions = {}
-        for path, gradient in gradients.items():
-            g = gradient.astype(theta[path].dtype)
-            basis = new[path].q_phi, new[path].q_psi
-            with jax.named_scope("tekfac precondition"):
-                natural = precondition(g, *basis, theta[path], rest[path], damping[path])
-            usable = for_each(valid[path], g)
-            directions[path] = jnp.where(usable, natural, g).astype(gradient.dtype)
+        operands = {
+            path: (
+                gradient.astype(theta[path].dtype), new[path].q_phi, new[path].q_psi,
+                theta[path], rest[path], damping[path],
+            )
+            for path, gradient in gradients.items()
+        }  # fmt: skip
+        with jax.named_scope("tekfac precondition"):
+            natural = by_shape(precondition, operands)
+        directions = {
+            path: jnp.where(for_each(valid[path], g), natural[path].astype(g.dtype), g)
+            for path, g in gradients.items()
+        }
         new = {
             path: keep_folded(layer, kept[path])._replace(damping=damping[path])
             for path, layer in new.items()
@@ -174,13 +178,8 @@ def _refresh_curvature(
         for path, spec in layers.items():
             some, share = sampled(stats.layers[path], spec, options.rescaling_examples)
             captured[path] = Captured(some, stats.scale, share * examples)
-        if devices.plan is None:
-            each(update_layer, captured)
-        else:  # stage by stage: no device waits for another within a layer
-            each(update_factors, captured)
-            new.update(update_eigenbases(tools, new))
-            each(update_rescaling, captured)
-    elif stats is not None:  # Θ was measured in the old basis
+        return update_layers(tools, new, captured)
+    if stats is not None:  # Θ was measured in the old basis
         summed = {path: Summed(reduced, examples) for path, reduced in stats.layers.items()}
         if member.measured:
             each(update_rescaling, summed)

@@ -247,10 +247,11 @@ def test_too_large_gradients_are_not_kept():
     spec = make_case("conv strided").layers()["strided"]
     _, stats = make_case("conv strided").grads_and_stats()
     captures, shape = stats.layers["strided"], (spec.in_dim, spec.out_dim)
-    assert _contract.is_formed_once(spec, captures, shape)
+    numbers = 13 * spec.in_dim * spec.out_dim
+    assert _contract.numbers_formed_once(spec, captures, shape) == numbers
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_contract, "_FORMED", 13 * spec.in_dim * spec.out_dim - 1)
-        assert not _contract.is_formed_once(spec, captures, shape)
+        patch.setattr(_contract, "_FORMED", numbers - 1)
+        assert _contract.numbers_formed_once(spec, captures, shape) == 0
 
 
 # --- curvature from a part of the batch --------------------------------------------------------

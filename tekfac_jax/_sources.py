@@ -1,0 +1,97 @@
+"""Where a layer's sums over examples come from: its captures, G_n, or the backward pass."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tekfac_jax import _statistics
+from tekfac_jax._chunks import map_over_examples, sum_in_chunks, sum_over_examples, usual_size
+from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
+from tekfac_jax._reduced import Reduced
+from tekfac_jax._state import LayerState
+
+
+class Captured(NamedTuple):
+    """A layer's statistics as they were captured."""
+
+    captures: tuple[Capture, ...]
+    scale: jax.Array
+    examples: jax.Array  # over all devices
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+        """Sums over examples: δΦ and δΨ."""
+        return self._total(factors_of(spec, kind), spec, layer)
+
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
+        """Sums over examples: Θ in the layer's basis, and the rest."""
+        return self._total(rescaling_of(spec, layer.q_phi, layer.q_psi), spec, layer)
+
+    def formed(self, spec: LayerSpec, layer: LayerState, needed: jax.Array) -> "Formed":
+        """G_n of every example, or zeros where it is not `needed`."""
+
+        def form() -> jax.Array:
+            captures, dtype = self.captures, layer.theta.dtype
+            return map_over_examples(_statistics.gradients, spec, captures, self.scale, dtype)
+
+        nothing = jax.eval_shape(form)
+        with jax.named_scope("tekfac gradients"):
+            g = lax.cond(needed, form, lambda: zeros_like(nothing))
+        return Formed(g, self.examples)
+
+    def _total(self, contract: Any, spec: LayerSpec, layer: LayerState) -> Any:
+        return sum_over_examples(contract, spec, self.captures, self.scale, layer.theta.dtype)
+
+
+class Formed(NamedTuple):
+    """The gradients of a layer's examples, from which both factors and Θ are contracted."""
+
+    g: jax.Array  # (*lead, n, i, o)
+    examples: jax.Array  # over all devices
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+        """The same as of `Captured`; only exact factors come from G_n."""
+        del layer
+        assert kind == "exact"
+        return self._total(_statistics.factors_of_gradients, spec)
+
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
+        """The same as of `Captured`."""
+
+        def contract(g: jax.Array) -> _statistics.Rescaling:
+            theta = _statistics.rescaling_of_gradients(g, layer.q_phi, layer.q_psi)
+            kept = jnp.sum(theta, axis=(-2, -1))
+            if keeps_all(spec, theta.shape):
+                return _statistics.Rescaling(theta, jnp.zeros_like(kept))
+            return _statistics.Rescaling(theta, jnp.sum(g**2, axis=(-3, -2, -1)) - kept)
+
+        return self._total(contract, spec)
+
+    def _total(self, contract: Any, spec: LayerSpec) -> Any:
+        return sum_in_chunks(contract, self.g, len(spec.lead), usual_size())
+
+
+class Summed(NamedTuple):
+    """A layer's statistics, contracted in the backward pass."""
+
+    reduced: Reduced
+    examples: jax.Array  # over all devices; 0: nothing was contracted
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+        """The same as of `Captured`, contracted already."""
+        del spec, kind
+        dtype = layer.theta.dtype
+        return _statistics.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
+
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
+        """The same as of `Captured`, contracted already."""
+        del spec
+        dtype = layer.theta.dtype
+        return _statistics.Rescaling(
+            self.reduced.theta.astype(dtype), self.reduced.rest.astype(dtype)
+        )
+
+
+Source = Captured | Formed | Summed
