@@ -29,7 +29,16 @@ from benchmarks.errors import UsageError, check_choice
 from benchmarks.loop import Task, Trainer
 from benchmarks.optimizers import Curvature
 from benchmarks.options import basis_rank, exit_with
-from benchmarks.timing import BATCHES, MODELS, draw, in_turn, random_images, ratios, settings
+from benchmarks.timing import (
+    BATCHES,
+    MODELS,
+    draw,
+    in_turn,
+    peak_teraflops,
+    random_images,
+    ratios,
+    settings,
+)
 
 # T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
 INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
@@ -58,6 +67,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--peers", type=Path, metavar="JSON", help="what benchmarks.peers wrote, for the chart"
     )
+    parser.add_argument(
+        "--peak-tflops", type=float, metavar="TFLOPS",
+        help="arithmetic peak of the device, to print times and the share of it that is reached "
+        "(default: by the name of the GPU, where it is known)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
     try:
@@ -66,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             check_choice("model", name, tuple(MODELS))
         if options.batch_size < 1 or options.rounds < 1:
             raise UsageError("--batch-size and --rounds must be 1 or more")
+        if options.peak_tflops is not None and not options.peak_tflops > 0:
+            raise UsageError(f"--peak-tflops must be positive, got {options.peak_tflops}")
         ranks = {text: None if text == "all" else basis_rank(text)
                  for text in options.basis_ranks.split(",")}  # fmt: skip
     except (UsageError, argparse.ArgumentTypeError) as error:
@@ -82,13 +98,17 @@ def main(argv: list[str] | None = None) -> None:
             found = measure_spikes(name, options.batch_size, rank, rounds=options.spikes)
             results[name]["tekfac"][text]["spikes"] = found
     others = json.loads(options.peers.read_text())["results"] if options.peers else {}
+    peak = options.peak_tflops or peak_teraflops(jax.devices()[0].device_kind)
     _show(results)
+    if peak is not None:
+        _show_shares(results, peak)
     options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "settings": {
             "batch_size": options.batch_size,
             "rounds": options.rounds,
             "rescaling_examples": options.rescaling_examples,
+            "peak_tflops": peak,
             "tekfac_jax": tekfac_jax.__version__,
             **settings(),
         },
@@ -109,7 +129,8 @@ def measure(
     Returns:
         For each of ``peers``, and under ``tekfac`` for each curvature and kind of step: the median
         ``ratio`` to SGD and its ``quartiles``; with the compile ``seconds`` and temporary ``mib``
-        of each program, and ``sgd_ms``.
+        of each program, its ``gflop`` by XLA's count, and ``sgd_ms``. XLA counts the largest branch
+        of a conditional: of TEKFAC that is a step with all three refreshes.
     """
     task = make_task(name, batch_size)
     trainers = {o: Trainer(task, o, INTERVALS) for o in _PEERS}
@@ -142,9 +163,13 @@ def measure(
 
     def program(key: str) -> dict[str, float]:
         compiled = trainers[key].compiled
-        analysis: Any = compiled.memory_analysis()
-        mib = analysis.temp_size_in_bytes / 2**20
-        return {"compile_seconds": trainers[key].compile_seconds, "temporary_mib": mib}
+        memory: Any = compiled.memory_analysis()
+        cost: Any = compiled.cost_analysis()
+        return {
+            "compile_seconds": trainers[key].compile_seconds,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20,
+            "gflop": cost["flops"] / 1e9,
+        }
 
     tekfac = {}
     for text in curvatures:
@@ -269,6 +294,29 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
         for kind in program.get("spikes", ()):
             spike = functools.partial(_spike, own, kind)
             row(f"tekfac, {text}: worst step over median, {kind}", spike)
+    Console(width=100).print(table)
+
+
+def _show_shares(results: dict[str, dict[str, Any]], peak: float) -> None:
+    """Prints milliseconds and the share of the peak (Tflop/s) for steps whose flop are known."""
+    table = Table(f"ms a step, and share of {peak:g} Tflop/s", *results)
+
+    def cell(found: dict[str, Any], ratio: float, gflop: float) -> str:
+        milliseconds = found["sgd_ms"] * ratio
+        return f"{milliseconds:.2f}, {gflop / milliseconds / peak:.1%}"  # Gflop/ms = Tflop/s
+
+    for peer in _PEERS:
+        programs = {name: found["peers"][peer] for name, found in results.items()}
+        table.add_row(
+            peer, *(cell(results[n], p["ratio"], p["gflop"]) for n, p in programs.items())
+        )
+    for text in next(iter(results.values()))["tekfac"]:
+        programs = {name: found["tekfac"][text] for name, found in results.items()}
+        cells = (
+            cell(results[n], p["kinds"]["all three"]["ratio"], p["gflop"])
+            for n, p in programs.items()
+        )
+        table.add_row(f"tekfac, {text}: all three", *cells)
     Console(width=100).print(table)
 
 

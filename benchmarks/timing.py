@@ -78,6 +78,21 @@ def ratios(times: Mapping[Any, list[float]], base: Any) -> dict[Any, dict[str, A
     return found
 
 
+# Tflop/s of float32 operands on tensor cores (TF32, dense), which XLA uses on these GPUs for
+# products at default precision; from NVIDIA's data sheets, where the sparse rate is twice that.
+_TERAFLOPS = {
+    "A100": 156.0,
+    "H100": 494.7,
+    "H200": 494.7,
+}
+
+
+def peak_teraflops(device_kind: str) -> float | None:
+    """The arithmetic peak of a device by its name, in Tflop/s; None: it is not in the list."""
+    known = [rate for name, rate in _TERAFLOPS.items() if name in device_kind]
+    return known[0] if known else None
+
+
 def settings() -> dict[str, Any]:
     """Of the machine, for the record."""
     return {

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
-from benchmarks import memory, peers, profile, speed, text
+from benchmarks import memory, peers, profile, speed, text, timing
 from benchmarks.cifar import VARIANTS
 from benchmarks.data import DataError, load_dataset
 from benchmarks.errors import UsageError
@@ -722,7 +722,7 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
         speed.measure_spikes, interval=3, rounds=1
     ))  # fmt: skip
     speed.main(["--models", "cnn", "--batch-size", "8", "--rounds", "2", "--spikes", "1",
-                "--out", str(tmp_path)])  # fmt: skip
+                "--peak-tflops", "0.05", "--out", str(tmp_path)])  # fmt: skip
     found = json.loads((tmp_path / "speed.json").read_text())["results"]["cnn"]
     assert set(found["peers"]) == {"sgd", "adam", "muon", "soap"}
     assert set(found["tekfac"]) == {"all", "auto"}
@@ -734,10 +734,21 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
         assert set(program["spikes"]) == {"together", "staggered"}
         assert min(program["spikes"].values()) >= 1
     assert (tmp_path / "speed.png").stat().st_size > 0
-    assert "worst step over median, staggered" in capsys.readouterr().out
-    for wrong in (["--rounds", "0"], ["--basis-ranks", "all,most"], ["--models", "no"]):
+    printed = capsys.readouterr().out
+    assert "worst step over median, staggered" in printed
+    sgd = found["peers"]["sgd"]
+    share = sgd["gflop"] / found["sgd_ms"] / 0.05
+    assert f"{found['sgd_ms']:.2f}, {share:.1%}" in printed
+    assert found["tekfac"]["all"]["gflop"] > sgd["gflop"] > 0.01
+    for wrong in (["--rounds", "0"], ["--basis-ranks", "all,most"], ["--models", "no"],
+                  ["--peak-tflops", "0"]):  # fmt: skip
         with pytest.raises(SystemExit):
             speed.main(wrong)
+
+
+def test_peaks_by_the_name_of_a_gpu():
+    assert timing.peak_teraflops("NVIDIA H100 80GB HBM3") == 494.7
+    assert timing.peak_teraflops("cpu") is None
 
 
 def test_what_falls_together_costs_once():
