@@ -739,7 +739,7 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
     sgd = found["peers"]["sgd"]
     share = sgd["gflop"] / found["sgd_ms"] / 0.05
     assert f"{found['sgd_ms']:.2f}, {share:.1%}" in printed
-    assert found["tekfac"]["all"]["gflop"] > sgd["gflop"] > 0.01
+    assert found["tekfac"]["all"]["gflop"] > sgd["gflop"] > 1e-3
     for wrong in (["--rounds", "0"], ["--basis-ranks", "all,most"], ["--models", "no"],
                   ["--peak-tflops", "0"]):  # fmt: skip
         with pytest.raises(SystemExit):
