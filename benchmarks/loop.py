@@ -5,7 +5,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,15 +17,18 @@ import optax
 import tekfac_jax
 from benchmarks.data import Dataset
 from benchmarks.errors import UsageError
-from benchmarks.optimizers import RECIPES, Curvature, make_optimizer, set_learning_rate
+from benchmarks.optimizers import RECIPES, Curvature, divide, make_optimizer, set_hyperparams
 
 _EVALUATION_BATCH = 500
 
+Augment = Callable[[jax.Array, jax.Array], jax.Array]  # (key, inputs) -> inputs
+
 
 class TrainState(tekfac_jax.TrainState):
-    """The library's train state, and the running averages of BatchNorm (empty without)."""
+    """The library's train state, the running averages of BatchNorm, and the seed of the run."""
 
-    batch_stats: Any
+    batch_stats: Any  # empty where the network has no BatchNorm
+    seed: jax.Array  # of what is random in a step: augmentation, sampled labels
 
 
 class Epoch(NamedTuple):
@@ -70,15 +73,21 @@ class Run:
 
 
 class Task:
-    """A network and its data: what all optimizers have in common."""
+    """A network and its data: what all optimizers have in common.
 
-    def __init__(self, dataset: Dataset, model: nn.Module, batch_size: int):
+    `augment` changes the inputs of a step, inside of the compiled step; None: nothing does.
+    """
+
+    def __init__(
+        self, dataset: Dataset, model: nn.Module, batch_size: int, augment: Augment | None = None
+    ):
         if batch_size > len(dataset.train_labels):
             raise UsageError(
                 f"a batch of {batch_size} is more than the {len(dataset.train_labels)} training "
                 f"{dataset.examples}: choose a smaller --batch-size or a larger --subset"
             )
         self.dataset, self.model, self.batch_size = dataset, model, batch_size
+        self.augment = augment
         self.steps_per_epoch = len(dataset.train_labels) // batch_size
         self._init = jax.jit(functools.partial(model.init, train=False))
         self._evaluate_batch = jax.jit(self._sums)
@@ -95,12 +104,17 @@ class Task:
 
         Every label counts the same: the loss of a window is the mean over its characters.
         """
+        logits, batch_stats = self.logits(params, batch_stats, inputs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), batch_stats
+
+    def logits(self, params: Any, batch_stats: Any, inputs: Any) -> tuple[Any, Any]:
+        """Logits in training mode, and the new BatchNorm averages."""
         logits, updated = self.model.apply(
             {"params": params, "batch_stats": batch_stats},
             inputs, train=True, mutable=["batch_stats"],
         )  # fmt: skip
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return losses.mean(), updated.get("batch_stats", {})
+        return logits, updated.get("batch_stats", {})
 
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The batches of an epoch, the same for every optimizer.
@@ -143,52 +157,145 @@ def _pad(array: np.ndarray, value: int) -> np.ndarray:
     return np.pad(array, padding, constant_values=value)
 
 
+class Schedule(NamedTuple):
+    """How the learning rate falls: to zero along half a cosine, or by steps."""
+
+    decay_every: int | None = None  # epochs; None: cosine
+    factor: float = 0.1
+
+    def rate(self, learning_rate: float, epochs_done: float, epochs: int) -> float:
+        """The learning rate when so many epochs of all are behind."""
+        if self.decay_every is None:
+            return cosine(learning_rate, epochs_done / epochs)
+        return learning_rate * self.factor ** math.floor(epochs_done / self.decay_every)
+
+
+COSINE = Schedule()
+
+
+class Steps(NamedTuple):
+    """The steps of an epoch."""
+
+    losses: list[float]
+    seconds: list[float]
+
+
 class Trainer:
     """An optimizer on a task: its step, compiled once for every learning rate and seed.
 
+    Settings that are numbers and may change without another compilation stand in the state:
+    `initial_state` takes other values of them.
+
     `compiled` is the step: (state, inputs, labels, learning_rate) -> (state, loss); it donates
     `state`.
+
+    Args:
+        task: network and data.
+        optimizer: its name.
+        settings: arguments of the optimizer without its learning rate, and ``fisher``:
+            ``"empirical"`` (the default) or ``"sampled"`` labels in the curvature. `Curvature`
+            has no effect on optimizers of first order.
     """
 
-    def __init__(self, task: Task, optimizer: str, curvature: Curvature):
+    def __init__(self, task: Task, optimizer: str, settings: Curvature | Mapping[str, Any]):
         self.task, self.optimizer = task, optimizer
+        second_order = RECIPES[optimizer].second_order
+        static, traced = settings, {"learning_rate": 0.0}
+        if isinstance(settings, Curvature):
+            static = settings._asdict() if second_order else {}
+        else:
+            static, numbers = divide(settings)
+            traced |= numbers
+        static = dict(static)
+        fisher = static.pop("fisher", "empirical")
         batch = next(task.batches(seed=0, epoch=0))
         params, batch_stats = task.initial_variables(seed=0)
-        self.layers = None
-        if RECIPES[optimizer].second_order:
+        self.layers, self._stats = None, None
+        if second_order:
             self.layers = tekfac_jax.find_layers(task.loss, params, batch_stats, *batch)
-        self._tx = make_optimizer(optimizer, self.layers, curvature)
+            if fisher == "sampled":
+                self._stats = tekfac_jax.fisher_stats(
+                    task.logits, self.layers, likelihood=tekfac_jax.Categorical(), has_aux=True
+                )
+        self._tx = make_optimizer(optimizer, self.layers, static, traced)
 
         step, state = jax.jit(self._step, donate_argnums=0), self.initial_state(0)
         started = time.perf_counter()
         self.compiled = step.lower(state, *batch, jnp.float32(0)).compile()
         self.compile_seconds = time.perf_counter() - started
 
-    def initial_state(self, seed: int) -> TrainState:
-        """What a run starts from; new arrays each time, since steps donate theirs."""
+    def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> TrainState:
+        """What a run starts from; new arrays each time, since steps donate theirs.
+
+        Args:
+            seed: of the parameters, and of what is random in a step.
+            settings: other values of the settings that stand in the state.
+        """
         params, batch_stats = self.task.initial_variables(seed)
         state = TrainState.create(
-            apply_fn=self.task.model.apply, params=params, tx=self._tx, batch_stats=batch_stats
-        )
+            apply_fn=self.task.model.apply, params=params, tx=self._tx, batch_stats=batch_stats,
+            seed=jnp.asarray(seed, jnp.int32),
+        )  # fmt: skip
+        changed = {name: jnp.float32(value) for name, value in (settings or {}).items()}
         # Flax starts with a Python number, which is another type than what a step returns.
-        return state.replace(step=jnp.zeros((), jnp.int32))
+        return state.replace(
+            step=jnp.zeros((), jnp.int32), opt_state=set_hyperparams(state.opt_state, changed)
+        )
 
     def _step(
         self, state: TrainState, inputs: Any, labels: Any, learning_rate: jax.Array
     ) -> tuple[TrainState, jax.Array]:
-        state = state.replace(opt_state=set_learning_rate(state.opt_state, learning_rate))
+        opt_state = set_hyperparams(state.opt_state, {"learning_rate": learning_rate})
+        state = state.replace(opt_state=opt_state)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        if self.task.augment is not None:
+            inputs = self.task.augment(key, inputs)
         arguments = (state.params, state.batch_stats, inputs, labels)
-        if self.layers is None:
-            stats = None
+        stats = None
+        if self.layers is None or self._stats is not None:
             (loss, batch_stats), grads = jax.value_and_grad(self.task.loss, has_aux=True)(
                 *arguments
             )
+            if self._stats is not None:
+                _, stats = self._stats(*arguments[:3], key=jax.random.fold_in(key, 1))
         else:
             (loss, batch_stats), grads, stats = tekfac_jax.value_grad_and_stats(
                 self.task.loss, self.layers, has_aux=True
             )(*arguments)
         new: Any = state.apply_gradients(grads=grads, stats=stats, batch_stats=batch_stats)
         return new, loss
+
+    def train_epoch(
+        self, state: TrainState, *, learning_rate: float, seed: int, epoch: int, epochs: int,
+        schedule: Schedule = COSINE,
+    ) -> tuple[TrainState, Steps]:  # fmt: skip
+        """One epoch of a run, the same whether or not the run was interrupted before it.
+
+        Args:
+            state: from the epoch before; it is donated.
+            learning_rate: of the first step of the run.
+            seed: of the order of the data.
+            epoch: which one, from 1.
+            epochs: length of the run.
+            schedule: how the learning rate falls.
+
+        Returns:
+            The new state, and loss and seconds of each step, with the time to get its batch. The
+            epoch ends where the loss is no longer finite.
+        """
+        steps = Steps([], [])
+        batches = self.task.batches(seed, epoch)
+        for step in range(self.task.steps_per_epoch):
+            started = time.perf_counter()
+            done = epoch - 1 + step / self.task.steps_per_epoch
+            rate = schedule.rate(learning_rate, done, epochs)
+            state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
+            jax.block_until_ready((state, loss))
+            steps.seconds.append(time.perf_counter() - started)
+            steps.losses.append(float(loss))
+            if not math.isfinite(steps.losses[-1]):
+                break
+        return state, steps
 
     def train(
         self,
@@ -212,24 +319,18 @@ class Trainer:
             `Run`; one whose loss is no longer finite ends there, with an infinite loss.
         """
         task, state = self.task, self.initial_state(seed)
-        steps = epochs * task.steps_per_epoch
         run = Run(self.optimizer, learning_rate, seed, [], math.inf, [])
         for epoch in range(1, epochs + 1):
-            losses = []
-            batches = task.batches(seed, epoch)
-            for _ in range(task.steps_per_epoch):
-                started = time.perf_counter()
-                rate = cosine(learning_rate, len(run.step_seconds) / steps)
-                state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
-                jax.block_until_ready((state, loss))
-                run.step_seconds.append(time.perf_counter() - started)
-                losses.append(float(loss))
+            state, steps = self.train_epoch(
+                state, learning_rate=learning_rate, seed=seed, epoch=epoch, epochs=epochs
+            )
+            run.step_seconds.extend(steps.seconds)
             on_epoch()
-            if not math.isfinite(sum(losses)):
+            if not math.isfinite(sum(steps.losses)):
                 return run
             accuracy = task.evaluate(state, "test")[1] if test else None
             run.epochs.append(
-                Epoch(epoch, statistics.fmean(losses), accuracy, sum(run.step_seconds))
+                Epoch(epoch, statistics.fmean(steps.losses), accuracy, sum(run.step_seconds))
             )
         loss, _ = task.evaluate(state, "train")
         run.train_loss = loss if math.isfinite(loss) else math.inf

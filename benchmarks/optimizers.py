@@ -1,14 +1,22 @@
 """The optimizers under comparison, by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import optax
 import optax.contrib
 
 import tekfac_jax
+from benchmarks.errors import UsageError
 from benchmarks.soap import soap
+
+# Settings that may stand in the optimizer's state where they are numbers, so that one compiled
+# step serves every value of them.
+_TRACEABLE = frozenset(
+    {"learning_rate", "damping", "trace_floor", "damping_scale", "kl_clip", "momentum"}
+)
 
 
 class Recipe(NamedTuple):
@@ -19,15 +27,45 @@ class Recipe(NamedTuple):
     start: float  # the middle one of the first three learning rates
 
 
+def _sgd(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformation:
+    return optax.sgd(learning_rate, momentum=momentum)
+
+
+def tekfac_momentum_first(
+    learning_rate: Any, layers: tekfac_jax.Layers, *, momentum: Any = 0.9, **options: Any
+) -> optax.GradientTransformation:
+    """TEKFAC that preconditions the average of the gradients instead of averaging the steps.
+
+    What the layers do not cover goes to Adam as it is.
+    """
+    uncovered = {path for path, _ in layers.uncovered}
+
+    def covered(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/") not in uncovered,
+            params,
+        )
+
+    return optax.chain(
+        optax.masked(optax.trace(momentum), covered),
+        tekfac_jax.tekfac(learning_rate, layers, momentum=None, **options),
+    )
+
+
+tekfac_momentum_first.__signature__ = inspect.signature(tekfac_jax.tekfac)  # pyright: ignore
+
+
 RECIPES = {
     "tekfac": Recipe(tekfac_jax.tekfac, True, 0.01),
     "tkfac": Recipe(tekfac_jax.tkfac, True, 0.01),
     "ekfac": Recipe(tekfac_jax.ekfac, True, 0.01),
     "kfac": Recipe(tekfac_jax.kfac, True, 0.01),
-    "sgd": Recipe(lambda learning_rate: optax.sgd(learning_rate, momentum=0.9), False, 0.1),
+    "sgd": Recipe(_sgd, False, 0.1),
     "adam": Recipe(optax.adam, False, 0.001),
+    "adamw": Recipe(optax.adamw, False, 0.001),
     "muon": Recipe(optax.contrib.muon, False, 0.01),
     "soap": Recipe(soap, False, 0.003),
+    "tekfac-momentum-first": Recipe(tekfac_momentum_first, True, 0.01),
 }
 OPTIMIZERS = tuple(RECIPES)
 
@@ -49,32 +87,59 @@ def library_interval(name: str) -> int:
     return inspect.signature(tekfac_jax.tekfac).parameters[name].default
 
 
-def make_optimizer(
-    name: str, layers: tekfac_jax.Layers | None, curvature: Curvature
-) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose learning rate stands in its state.
+class Settings(NamedTuple):
+    """Settings of an optimizer, divided by what it takes to change them."""
 
-    So the compiled step serves every learning rate: the search compiles nothing again, and the
-    schedule is the same few lines for everybody.
+    static: dict[str, Any]  # part of the compiled step
+    traced: dict[str, float]  # numbers in the optimizer's state
+
+
+def divide(settings: Mapping[str, Any]) -> Settings:
+    """Numbers that may change without another compilation, and everything else."""
+    traced = {
+        name: float(value)
+        for name, value in settings.items()
+        if name in _TRACEABLE and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    return Settings({k: v for k, v in settings.items() if k not in traced}, traced)
+
+
+def make_optimizer(
+    name: str,
+    layers: tekfac_jax.Layers | None,
+    static: Mapping[str, Any],
+    traced: Mapping[str, float] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer whose learning rate, and other numbers as you like, stand in its state.
+
+    So the compiled step serves every value: a search compiles nothing again, and the schedule is
+    the same few lines for everybody.
 
     Args:
         name: one of `OPTIMIZERS`.
         layers: from `tekfac_jax.find_layers`; None for a first-order optimizer.
-        curvature: settings of the second-order optimizers, of no effect on the others.
+        static: further arguments of the optimizer.
+        traced: arguments that stand in the state, with any valid value; None: the learning rate.
 
     Returns:
-        Transformation to be used with `set_learning_rate`.
+        Transformation to be used with `set_hyperparams`.
+
+    Raises:
+        UsageError: a setting that the optimizer does not have.
     """
     recipe = RECIPES[name]
+    traced = {"learning_rate": 0.0} if traced is None else dict(traced)
+    parameters = set(inspect.signature(recipe.make).parameters)
+    unknown = sorted({*static, *traced} - parameters)
+    if unknown:
+        raise UsageError(
+            f"{name} has no setting {unknown[0]!r}: choose from {', '.join(sorted(parameters))}"
+        )
+    make = optax.inject_hyperparams(recipe.make, static_args=parameters - set(traced))
+    arguments = {**traced, **static, **({"layers": layers} if recipe.second_order else {})}
+    return make(**arguments)
 
-    def make(learning_rate: Any) -> optax.GradientTransformation:
-        if recipe.second_order:
-            return recipe.make(learning_rate, layers, **curvature._asdict())
-        return recipe.make(learning_rate)
 
-    return optax.inject_hyperparams(make)(learning_rate=0.0)
-
-
-def set_learning_rate(opt_state: Any, learning_rate: Any) -> Any:
-    """The optimizer state with another learning rate."""
-    return opt_state._replace(hyperparams={"learning_rate": learning_rate})
+def set_hyperparams(opt_state: Any, values: Mapping[str, Any]) -> Any:
+    """The optimizer state with other values of the settings that stand in it."""
+    return opt_state._replace(hyperparams={**opt_state.hyperparams, **values})

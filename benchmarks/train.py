@@ -13,8 +13,8 @@ from benchmarks.loop import Task, Trainer
 from benchmarks.models import make_model
 from benchmarks.optimizers import RECIPES
 from benchmarks.options import exit_with, parse
-from benchmarks.report import Result, save_curves, save_json, show_table
 from benchmarks.search import TRIALS, Search, search_learning_rate
+from benchmarks.summary import Result, save_curves, save_json, show_table
 
 # The search sees other parameters and another order of the data than the runs that count.
 _SEARCH_SEED = 1_000_000

@@ -1,0 +1,112 @@
+"""What an experiment is: a task, optimizers with their grids, and what is to be reported."""
+
+import hashlib
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from benchmarks import experiments
+from benchmarks.errors import check_choice
+from benchmarks.halving import Rung
+from benchmarks.loop import COSINE, Schedule
+
+SEARCH_SEED = 1_000_000  # other parameters and another order of the data than runs that count
+# The table of an experiment: optimizers side by side, a sweep over settings, or each entry beside
+# the first one.
+View = Literal["comparison", "sweep", "ablation"]
+
+
+class TaskSpec(NamedTuple):
+    """Network and data. `None` leaves the choice to the data set and the model."""
+
+    dataset: str
+    model: str
+    subset: int | None = None  # training examples
+    width: int | None = None
+    batch_size: int = 128
+    augment: bool = False  # random crop and horizontal flip
+    affine: bool = True  # whether BatchNorm has a scale and a bias
+    dtype: str | None = None  # of the computation
+
+
+class Entry(NamedTuple):
+    """An optimizer with its settings, and those that the search chooses."""
+
+    label: str
+    optimizer: str
+    grid: Mapping[str, tuple[Any, ...]]  # setting -> values; one value each: no search
+    fixed: Mapping[str, Any] = {}
+
+
+class Targets(NamedTuple):
+    """What is to be reached; the first epoch and second is reported."""
+
+    train_loss: float | None = None
+    test_accuracy: float | None = None  # between 0 and 1
+
+
+class Published(NamedTuple):
+    """Figures of others, for the same table."""
+
+    source: str
+    accuracy: Mapping[str, tuple[float, float]]  # label -> mean and deviation, in %
+
+
+class Experiment(NamedTuple):
+    """Everything that determines an experiment."""
+
+    title: str
+    task: TaskSpec
+    entries: tuple[Entry, ...]
+    epochs: int
+    schedule: Schedule = COSINE
+    seeds: tuple[int, ...] = (0, 1, 2)
+    trials: int | None = None  # of each entry's grid; None: as many as the smallest grid has
+    rungs: tuple[Rung, ...] = (Rung(1, 3), Rung(2, 1))
+    targets: Targets = Targets()
+    view: View = "comparison"
+    axes: tuple[str, ...] = ()  # of a sweep: settings, the first one on the horizontal axis
+    published: Published | None = None
+
+
+class RunSpec(NamedTuple):
+    """Everything that determines a run."""
+
+    task: TaskSpec
+    label: str
+    optimizer: str
+    settings: Mapping[str, Any]
+    epochs: int
+    schedule: Schedule
+    seed: int
+    search: bool  # then the test set is not looked at
+
+    @property
+    def key(self) -> str:
+        """A file name: readable, and another one for whatever determines another run."""
+        content = json.dumps([self.task, *self[1:]], sort_keys=True, default=dict)
+        digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+        kind = "search" if self.search else f"seed{self.seed}"
+        slug = re.sub(r"[^\w.+=-]+", "-", self.label).strip("-")
+        rate = self.settings.get("learning_rate", 0)
+        return f"{slug}_lr{rate:g}_{self.epochs}ep_{kind}_{digest}"
+
+
+def names() -> list[str]:
+    """The experiments, in the order in which `all` goes through them."""
+    found = {module.name for module in pkgutil.iter_modules(experiments.__path__)}
+    return [name for name in experiments.ORDER if name in found]
+
+
+def load(name: str) -> tuple[Experiment, str]:
+    """An experiment, and what its module says about it.
+
+    Raises:
+        UsageError: there is no such experiment.
+    """
+    check_choice("experiment", name, tuple(names()))
+    module = importlib.import_module(f"{experiments.__name__}.{name}")
+    return module.EXPERIMENT, module.__doc__ or ""

@@ -1,0 +1,17 @@
+"""One module an experiment; each holds an ``EXPERIMENT`` and says what it is for."""
+
+# The readings for small machines first, then the paper's, most informative first.
+ORDER = (
+    "reading_resnet8_cifar10",
+    "reading_vggmini_cifar10",
+    "ablation_cifar10",
+    "sensitivity_cifar10",
+    "table3_cifar10_resnet20",
+    "table3_cifar100_resnet20",
+    "table5_learning_rate",
+    "table4_theta_floor",
+    "table3_cifar10_vgg16",
+    "table3_cifar100_vgg16",
+    "table3_svhn_resnet20",
+    "table3_svhn_vgg16",
+)

@@ -1,0 +1,62 @@
+"""Grids and settings that several experiments share."""
+
+from typing import Any
+
+from benchmarks.experiment import Entry
+
+# Section 4.1 of the paper.
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+DAMPINGS = (1e-8, 1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+FLOORS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+# T_FIM = T_EIG = 50. The paper's third interval, T_INV = 200, is taken as that of Θ.
+PAPER: dict[str, Any] = {
+    "factor_interval": 50,
+    "eigenbasis_interval": 50,
+    "rescaling_interval": 200,
+    "factor_decay": 0.95,
+    "rescaling_decay": 0.95,
+    "momentum": 0.9,
+}
+
+
+def half_decades(low: float, number: int) -> tuple[float, ...]:
+    """1, 3, 10, ... times `low`."""
+    return tuple(float(f"{low * 10 ** (i / 2):.0e}") for i in range(number))
+
+
+def paper_entries() -> tuple[Entry, ...]:
+    """The paper's five optimizers with its grids, then their other peers.
+
+    The paper damps EKFAC with a fixed λ, TKFAC and TEKFAC with the trace rule and ϑ.
+    """
+    rate = {"learning_rate": RATES}
+    by_floor = {**rate, "trace_floor": FLOORS}, {**PAPER, "damping": "trace"}
+    by_damping = {**rate, "damping": DAMPINGS}, PAPER
+    return (
+        Entry("TEKFAC", "tekfac", *by_floor),
+        Entry("SGDM", "sgd", rate),
+        Entry("Adam", "adam", rate),
+        Entry("TKFAC", "tkfac", *by_floor),
+        Entry("EKFAC", "ekfac", *by_damping),
+        Entry("KFAC", "kfac", *by_damping),
+        Entry("AdamW", "adamw", rate, {"weight_decay": 0.01}),
+        Entry("Muon", "muon", rate),
+        Entry("SOAP", "soap", rate),
+    )
+
+
+def tuned_entries(number: int) -> tuple[Entry, ...]:
+    """All optimizers with their own defaults; the learning rate from a grid of `number` values."""
+    family = {"learning_rate": half_decades(1e-3, number)}
+    adaptive = {"learning_rate": half_decades(1e-4, number)}
+    return (
+        Entry("TEKFAC", "tekfac", family),
+        Entry("SGDM", "sgd", {"learning_rate": half_decades(3e-3, number)}),
+        Entry("Adam", "adam", adaptive),
+        Entry("TKFAC", "tkfac", family),
+        Entry("EKFAC", "ekfac", family),
+        Entry("KFAC", "kfac", family),
+        Entry("AdamW", "adamw", adaptive, {"weight_decay": 0.01}),
+        Entry("Muon", "muon", family),
+        Entry("SOAP", "soap", adaptive),
+    )

@@ -1,0 +1,50 @@
+"""What each part of TEKFAC is worth: one changed at a time, narrow ResNet8, CIFAR-10.
+
+The first entry is the library's default; each other one differs by what its name says, and has
+its learning rate from the same three values. Sampled labels cost a second forward and backward
+pass in every step here, more than they must: compare its epochs, not its seconds.
+``python -m benchmarks.paper ablation_cifar10 --data DIR``
+"""
+
+from typing import Any
+
+from benchmarks.experiment import Entry, Experiment, TaskSpec
+from benchmarks.halving import Rung
+
+
+def _entry(label: str, optimizer: str = "tekfac", **changed: Any) -> Entry:
+    return Entry(label, optimizer, {"learning_rate": (0.03, 0.1, 0.3)}, changed)
+
+
+def _intervals(interval: int) -> Entry:
+    names = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
+    return _entry(f"intervals {interval}", **dict[str, Any].fromkeys(names, interval))
+
+
+EXPERIMENT = Experiment(
+    title="ablations of TEKFAC, narrow ResNet8, 10,000 images of CIFAR-10",
+    task=TaskSpec("cifar10", "resnet8", subset=10_000, width=8),
+    entries=(
+        _entry("default"),
+        _entry("location factors", factors="location"),
+        _entry("running rescaling", rescaling="running"),
+        _entry("sampled Fisher", fisher="sampled"),
+        _entry("every layer its own damping", fc_damping="own"),
+        _entry("no KL clip", kl_clip=None),
+        _entry("KL clip 1e-2", kl_clip=1e-2),
+        _entry("damping scale 0.3", damping_scale=0.3),
+        _entry("damping scale 0.1", damping_scale=0.1),
+        _entry("damping 1e-3", damping=1e-3),
+        _intervals(10),
+        _intervals(1),
+        _entry("rescaling interval 10", rescaling_interval=10),
+        _entry("rescaling interval 200", rescaling_interval=200),
+        _entry("basis rank auto", basis_rank="auto"),
+        _entry("no momentum", momentum=0.0),
+        _entry("momentum first", "tekfac-momentum-first"),
+        _entry("32 examples", rescaling_examples=32),
+    ),
+    epochs=6,
+    rungs=(Rung(2, 1),),
+    view="ablation",
+)

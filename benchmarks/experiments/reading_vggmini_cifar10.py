@@ -1,0 +1,18 @@
+"""All optimizers, tuned alike, on VGG-mini and 10,000 images of CIFAR-10.
+
+Every one has its own defaults; only the learning rate is tuned, over three decades.
+``python -m benchmarks.paper reading_vggmini_cifar10 --data DIR``
+"""
+
+from benchmarks.experiment import Experiment, Targets, TaskSpec
+from benchmarks.experiments._grids import tuned_entries
+from benchmarks.halving import Rung
+
+EXPERIMENT = Experiment(
+    title="VGG-mini on 10,000 images of CIFAR-10, every optimizer tuned",
+    task=TaskSpec("cifar10", "vgg-mini", subset=10_000, width=8),
+    entries=tuned_entries(7),
+    epochs=10,
+    rungs=(Rung(1, 3), Rung(3, 1)),
+    targets=Targets(train_loss=1.2, test_accuracy=0.55),
+)

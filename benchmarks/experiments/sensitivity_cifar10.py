@@ -1,0 +1,38 @@
+"""Test accuracy over learning rate, ϑ and intervals for TEKFAC, beside Adam over learning rate.
+
+The paper's Figure 4 (a) and Table 4 and 5 in small: a narrow ResNet8 and 10,000 images.
+``python -m benchmarks.paper sensitivity_cifar10 --data DIR``
+"""
+
+import itertools
+
+from benchmarks.experiment import Entry, Experiment, TaskSpec
+from benchmarks.experiments._grids import half_decades
+
+RATES = half_decades(1e-4, 9)
+
+
+def _tekfac(interval: int, floor: float, rate: float) -> Entry:
+    fixed = {
+        "factor_interval": interval,
+        "eigenbasis_interval": interval,
+        "rescaling_interval": interval,
+        "damping": "trace",
+        "trace_floor": floor,
+        "learning_rate": rate,
+    }
+    return Entry(f"TEKFAC T={interval} floor={floor:g} rate={rate:g}", "tekfac", {}, fixed)
+
+
+EXPERIMENT = Experiment(
+    title="sensitivity of TEKFAC and Adam, narrow ResNet8, 10,000 images of CIFAR-10",
+    task=TaskSpec("cifar10", "resnet8", subset=10_000, width=8),
+    entries=(
+        *(Entry(f"Adam rate={rate:g}", "adam", {}, {"learning_rate": rate}) for rate in RATES),
+        *itertools.starmap(_tekfac, itertools.product((50, 10), (1e-2, 1e-4, 1.0), RATES)),
+    ),
+    epochs=5,
+    seeds=(0, 1),
+    view="sweep",
+    axes=("learning_rate", "trace_floor", "factor_interval"),
+)

@@ -1,0 +1,33 @@
+"""Table 3 and Figure 3 of the paper: VGG16 on CIFAR-10.
+
+100 epochs at batch 128, random crops and flips, learning rate × 0.1 every 40 epochs, three seeds.
+The paper's figures: TEKFAC 93.35, TKFAC 92.83, EKFAC 92.67, Adam 92.21, SGDM 91.19 %.
+Made for a GPU: a run is 100 × 390 steps, and there are 27 of them after a search of 28 epochs
+for each of nine optimizers.
+``python -m benchmarks.paper table3_cifar10_vgg16 --data DIR``
+"""
+
+from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.experiments._grids import paper_entries
+from benchmarks.halving import Rung
+from benchmarks.loop import Schedule
+
+EXPERIMENT = Experiment(
+    title="Table 3, CIFAR-10, VGG16",
+    task=TaskSpec("cifar10", "vgg16", width=64, augment=True),
+    entries=paper_entries(),
+    epochs=100,
+    schedule=Schedule(decay_every=40),
+    rungs=(Rung(1, 4), Rung(2, 2), Rung(5, 1)),
+    targets=Targets(train_loss=0.1, test_accuracy=0.92),
+    published=Published(
+        "Table 3 of Gao et al., arXiv:2011.13609",
+        {
+            "SGDM": (91.19, 0.15),
+            "Adam": (92.21, 0.14),
+            "EKFAC": (92.67, 0.22),
+            "TKFAC": (92.83, 0.13),
+            "TEKFAC": (93.35, 0.17),
+        },
+    ),
+)

@@ -1,0 +1,345 @@
+"""The paper's experiments: search, runs that survive being killed, and the report."""
+
+import contextlib
+import itertools
+import json
+import math
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import experiment, experiments, paper, runs
+from benchmarks.errors import UsageError
+from benchmarks.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
+from benchmarks.halving import Rung, candidates, grid_size, search
+from benchmarks.loop import COSINE, Schedule, Task, Trainer
+from benchmarks.optimizers import divide, make_optimizer
+
+TASK = TaskSpec("digits", "cnn", subset=320, width=4, batch_size=64)
+TINY = Experiment(
+    title="tiny",
+    task=TASK,
+    entries=(
+        Entry("TEKFAC", "tekfac", {"learning_rate": (0.01, 0.03, 0.1), "damping": (1e-3, 1e-2)}),
+        Entry("SGDM", "sgd", {"learning_rate": (0.03, 0.1, 0.3)}),
+        Entry("fast", "sgd", {}, {"learning_rate": 1e30}),
+    ),
+    epochs=2,
+    seeds=(0, 1),
+    rungs=(Rung(1, 2), Rung(2, 1)),
+    targets=Targets(train_loss=2.0, test_accuracy=0.3),
+)
+TIMES = {"median_step_ms", "mean_step_ms", "machine", "compile_seconds", "seconds"}
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    """Users' setting: optax.adam and flax's pooling rely on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
+def only_tiny():
+    """The experiment above in the place of those of the paper."""
+    module = types.SimpleNamespace(EXPERIMENT=TINY, __doc__="Tiny.\n\nNothing else.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "names", lambda: ["tiny"])
+        patch.setitem(sys.modules, "benchmarks.experiments.tiny", module)
+        yield
+
+
+@pytest.fixture
+def tiny():
+    with only_tiny():
+        yield
+
+
+@pytest.fixture(scope="module")
+def task():
+    return paper.make_task(TASK, None)
+
+
+def noise(key, images):
+    return images + 0.1 * jax.random.normal(key, images.shape)
+
+
+@pytest.fixture(scope="module")
+def trainer(task):
+    """Augmentation, sampled labels and everything that is random in a step."""
+    noisy = Task(task.dataset, task.model, task.batch_size, noise)
+    settings = {"damping": 1e-3, "factor_interval": 2, "fisher": "sampled"}
+    return Trainer(noisy, "tekfac", settings)
+
+
+def spec(**changed):
+    settings = {"learning_rate": 0.03, "damping": 1e-2, "factor_interval": 2, "fisher": "sampled"}
+    return RunSpec(TASK, "TEKFAC", "tekfac", settings, 3, COSINE, 0, False)._replace(**changed)
+
+
+def untimed(record):
+    """What must be the same however often a run was interrupted."""
+    if isinstance(record, dict):
+        return {k: untimed(v) for k, v in record.items() if k not in TIMES}
+    return [untimed(item) for item in record] if isinstance(record, list) else record
+
+
+# --- search ----------------------------------------------------------------------------------
+
+
+def test_sampled_grid_is_even():
+    grid = {"learning_rate": tuple(range(10)), "trace_floor": tuple(range(7))}
+    found = candidates(grid, 20)
+    assert len(found) == 20
+    assert len({tuple(c.values()) for c in found}) == 20
+    assert found == candidates(grid, 20)
+    for name, values in grid.items():
+        counts = np.bincount([c[name] for c in found], minlength=len(values))
+        assert counts.max() - counts.min() <= 1, name
+    assert len(candidates(grid, 69)) == len({tuple(c.values()) for c in candidates(grid, 69)}) == 69
+    assert candidates({"a": (1, 2)}, 5) == [{"a": 1}, {"a": 2}]
+    assert candidates({}, 5) == [{}]
+    assert grid_size(grid) == 70
+
+
+def test_halving_keeps_the_best_and_costs_what_it_says():
+    calls = []
+
+    def score(candidate, epochs):
+        calls.append((candidate["x"], epochs))
+        # In short runs 4 looks best, in long ones 3; 5 diverges.
+        best = 4 if epochs == 1 else 3
+        return math.inf if candidate["x"] == 5 else abs(candidate["x"] - best)
+
+    found = candidates({"x": tuple(range(6))}, 6)
+    assert search(found, (Rung(1, 3), Rung(4, 1)), score) == {"x": 3}
+    assert calls == [(x, 1) for x in range(6)] + [(x, 4) for x in (4, 3, 2)]
+    calls.clear()
+    assert search([{"x": 1}], (Rung(1, 1),), score) == {"x": 1}
+    assert not calls
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(trainer, tmp_path_factory):
+    """A run that nothing interrupted."""
+    store = runs.Store(tmp_path_factory.mktemp("whole"))
+    with jax.numpy_dtype_promotion("standard"):
+        return runs.train(spec(), store, lambda: trainer)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax
+@pytest.mark.parametrize("killed", [[1], [2], [1, 2]])
+def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, killed):
+    store = runs.Store(tmp_path, checkpoint_every=0.0)
+    for epoch in killed:
+        seen = itertools.count(1)
+
+        def kill(seen=seen, epoch=epoch):
+            if next(seen) == epoch + 1:  # before the checkpoint of this epoch
+                raise Killed
+
+        with pytest.raises(Killed):
+            runs.train(spec(), store, lambda: trainer, on_epoch=kill)
+        assert store.record(spec()) is None
+    record = runs.train(spec(), store, lambda: trainer)
+    assert untimed(record) == untimed(whole)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    assert record["curve"][-1]["seconds"] > record["curve"][0]["seconds"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax
+def test_time_that_is_over_leaves_a_checkpoint(tmp_path, trainer, whole, monkeypatch):
+    store = runs.Store(tmp_path)
+    now = [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    epochs = []
+
+    def on_epoch():
+        epochs.append(None)
+        now[0] += 1.0
+
+    with pytest.raises(runs.OutOfTime):
+        runs.train(spec(), store, lambda: trainer, deadline=1.5, on_epoch=on_epoch)
+    assert len(epochs) == 2
+    record = runs.train(spec(), store, lambda: trainer, on_epoch=on_epoch)
+    assert len(epochs) == 2 + 3
+    assert untimed(record) == untimed(whole)
+
+
+def test_finished_run_is_not_repeated(tmp_path, trainer, whole):
+    store = runs.Store(tmp_path)
+    store.finish(spec(), whole)
+    epochs = []
+    again = runs.train(spec(), store, pytest.fail, on_epoch=lambda: epochs.append(None))
+    assert again == json.loads(json.dumps(whole, default=dict))
+    assert len(epochs) == 3
+
+
+def test_divergence_is_recorded(tmp_path, task):
+    store = runs.Store(tmp_path)
+    wild = spec(optimizer="sgd", settings={"learning_rate": 1e30})
+    record = runs.train(wild, store, lambda: Trainer(task, "sgd", {}))
+    assert record["diverged"]
+    assert record["train_loss"] is None
+    assert runs.train(wild, store, pytest.fail) == store.record(wild)
+
+
+def test_another_run_has_another_key():
+    specs = [
+        spec(),
+        spec(seed=1),
+        spec(search=True),
+        spec(epochs=4),
+        spec(schedule=Schedule(2)),
+        spec(settings={**spec().settings, "damping": 1e-3}),
+        spec(task=TASK._replace(augment=True)),
+    ]
+    assert len({s.key for s in specs}) == len(specs)
+    assert spec().key == spec(settings=dict(reversed(spec().settings.items()))).key
+
+
+def test_what_is_random_depends_on_seed_and_step(trainer):
+    """Augmentation: the same parameters and batch, another step or seed, another loss."""
+    batch = next(trainer.task.batches(0, 1))
+
+    def loss(seed, step):
+        state = trainer.initial_state(0)
+        state = state.replace(seed=np.int32(seed), step=np.int32(step))
+        return float(trainer.compiled(state, *batch, np.float32(0))[1])
+
+    assert loss(0, 0) == loss(0, 0)
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+
+
+def test_settings_of_one_step_are_those_of_its_own_compilation(task):
+    """A number that stands in the state acts like one that is compiled in."""
+    batch = next(task.batches(0, 1))
+    settings = {"damping": 1e-3, "trace_floor": 0.01, "kl_clip": 1e-3, "momentum": 0.9}
+    others = {"damping": 1e-1, "trace_floor": 1.0, "kl_clip": 1e-5, "momentum": 0.5}
+    trainer = Trainer(task, "tekfac", settings)
+
+    def after(trainer, **values):
+        state = trainer.initial_state(0, values)
+        for _ in range(2):
+            state, _ = trainer.compiled(state, *batch, np.float32(0.1))
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+
+    changed = after(trainer, **others)
+    np.testing.assert_allclose(changed, after(Trainer(task, "tekfac", others)), rtol=1e-5)
+    for name, value in others.items():
+        if name != "trace_floor":  # no trace damping here
+            assert not np.allclose(after(trainer, **{name: value}), after(trainer), rtol=1e-5)
+
+
+def test_settings_are_divided():
+    settings = {"learning_rate": 1, "damping": "trace", "momentum": None, "factor_interval": 5}
+    static, traced = divide(settings)
+    assert traced == {"learning_rate": 1.0}
+    assert static == {"damping": "trace", "momentum": None, "factor_interval": 5}
+    with pytest.raises(UsageError, match="sgd has no setting 'damping': choose from"):
+        make_optimizer("sgd", None, {"damping": 1.0})
+
+
+def test_step_decay():
+    schedule = Schedule(decay_every=40, factor=0.1)
+    assert [schedule.rate(1.0, done, 100) for done in (0, 39.99, 40, 80)] == pytest.approx(
+        [1, 1, 0.1, 0.01]
+    )
+
+
+def test_experiments_are_complete():
+    """Each can be made, has different labels, and says how it is run."""
+    for name in experiments.ORDER:
+        found, doc = experiment.load(name)
+        assert f"python -m benchmarks.paper {name}" in doc
+        labels = [entry.label for entry in found.entries]
+        assert len(set(labels)) == len(labels)
+        if found.published:
+            assert set(found.published.accuracy) <= set(labels)
+        for entry in found.entries:
+            for candidate in candidates(entry.grid, 1):
+                settings = {**entry.fixed, **candidate}
+                assert settings["learning_rate"] > 0
+
+
+# --- the whole -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Everything, once."""
+    directory = tmp_path_factory.mktemp("out")
+    with only_tiny(), jax.numpy_dtype_promotion("standard"):
+        paper.main(["tiny", "--out", str(directory)])
+    return directory
+
+
+def records(directory):
+    return [json.loads(path.read_text()) for path in (directory / "runs").glob("*.json")]
+
+
+def test_every_optimizer_has_the_same_budget(out):
+    found = records(out)
+    for label in ("TEKFAC", "SGDM"):
+        tried = [r for r in found if r["label"] == label and r["search"]]
+        # Three trials of one epoch, two of two; of TEKFAC's grid of six a sample of three.
+        assert sorted(r["epochs"] for r in tried) == [1, 1, 1, 2, 2]
+        assert len({r["settings"]["learning_rate"] for r in tried}) == 3
+        assert all(r["seed"] == experiment.SEARCH_SEED for r in tried)
+        assert all(epoch["test_accuracy"] is None for r in tried for epoch in r["curve"])
+        best = min((r for r in tried if r["epochs"] == 2), key=lambda r: r["train_loss"])
+        final = [r for r in found if r["label"] == label and not r["search"]]
+        assert sorted(r["seed"] for r in final) == [0, 1]
+        assert all(r["settings"] == best["settings"] for r in final)
+        assert all(r["curve"][-1]["test_accuracy"] > 0.15 for r in final)
+    fast = [r for r in found if r["label"] == "fast"]
+    assert len(fast) == 2
+    assert all(r["diverged"] for r in fast)
+
+
+def test_same_command_has_nothing_left_to_do(tiny, out, monkeypatch, capsys):
+    monkeypatch.setattr(paper, "Trainer", pytest.fail)
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    paper.main(["tiny", "--out", str(out)])
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()} == before
+    assert "seed" not in capsys.readouterr().out
+
+
+def test_grid_of_numbers_is_one_compilation(tiny, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(paper, "Trainer", lambda *a: made.append(a) or Trainer(*a))
+    paper.main(["tiny", "--out", str(tmp_path), "--only", "SGDM,fast"])
+    assert len(made) == 1
+
+
+def test_time_is_kept(tiny, tmp_path, capsys):
+    paper.main(["tiny", "--out", str(tmp_path), "--minutes", "1e-9"])
+    assert "minutes are over" in capsys.readouterr().out
+    assert records(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("nothing", "unknown experiment 'nothing': choose from tiny"),
+        ("tiny --only Adam", "unknown label in --only 'Adam': choose from TEKFAC, SGDM, fast"),
+        ("tiny --minutes 0", "--minutes must be positive, got 0"),
+    ],
+)
+def test_refused_in_one_sentence(tiny, tmp_path, arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        paper.main([*arguments.split(), "--out", str(tmp_path)])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
