@@ -1,5 +1,6 @@
 """Training: one compiled step for each optimizer, timed without its compilation."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ import tekfac_jax
 from benchmarks.data import Dataset
 from benchmarks.errors import UsageError
 from benchmarks.optimizers import RECIPES, Curvature, divide, make_optimizer, set_hyperparams
+from benchmarks.prefetch import prefetch
 
 _EVALUATION_BATCH = 500
 
@@ -284,17 +286,18 @@ class Trainer:
             epoch ends where the loss is no longer finite.
         """
         steps = Steps([], [])
-        batches = self.task.batches(seed, epoch)
-        for step in range(self.task.steps_per_epoch):
-            started = time.perf_counter()
-            done = epoch - 1 + step / self.task.steps_per_epoch
-            rate = schedule.rate(learning_rate, done, epochs)
-            state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
-            jax.block_until_ready((state, loss))
-            steps.seconds.append(time.perf_counter() - started)
-            steps.losses.append(float(loss))
-            if not math.isfinite(steps.losses[-1]):
-                break
+        ahead: Any = prefetch(self.task.batches(seed, epoch))
+        with contextlib.closing(ahead) as batches:
+            for step in range(self.task.steps_per_epoch):
+                started = time.perf_counter()
+                done = epoch - 1 + step / self.task.steps_per_epoch
+                rate = schedule.rate(learning_rate, done, epochs)
+                state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
+                jax.block_until_ready((state, loss))
+                steps.seconds.append(time.perf_counter() - started)
+                steps.losses.append(float(loss))
+                if not math.isfinite(steps.losses[-1]):
+                    break
         return state, steps
 
     def train(

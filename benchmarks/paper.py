@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import experiment as experiment_module
+from benchmarks.augment import crop_and_flip
 from benchmarks.data import load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
 from benchmarks.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
@@ -216,11 +217,8 @@ def make_task(spec: TaskSpec, data: Path | None) -> Task:
     """
     dataset = load_dataset(spec.dataset, data, spec.subset)
     options: dict[str, Any] = {} if spec.dtype is None else {"dtype": spec.dtype}
-    augment = None
-    if spec.augment:
-        from benchmarks.augment import crop_and_flip as augment
     model = make_model(spec.model, dataset.num_classes, spec.width, affine=spec.affine, **options)
-    return Task(dataset, model, spec.batch_size, augment)
+    return Task(dataset, model, spec.batch_size, crop_and_flip if spec.augment else None)
 
 
 def _line(spec: RunSpec, record: dict[str, Any]) -> str:

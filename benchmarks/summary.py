@@ -73,10 +73,10 @@ def _row(result: Result, accuracy: float) -> list[str]:
     return [
         result.optimizer,
         f"{result.learning_rate:g}",
-        _mean([run.train_loss for run in runs], "{:.1e}", spread=False),
-        _mean([100 * _final_accuracy(run) for run in runs], "{:.1f}"),
-        _mean([math.nan if epochs is None else epochs for epochs in reached], "{:.1f}"),
-        _mean([sum(run.step_seconds) for run in runs], "{:.2f}", spread=False),
+        mean_and_spread([run.train_loss for run in runs], "{:.1e}", spread=False),
+        mean_and_spread([100 * _final_accuracy(run) for run in runs], "{:.1f}"),
+        mean_and_spread([math.nan if epochs is None else epochs for epochs in reached], "{:.1f}"),
+        mean_and_spread([sum(run.step_seconds) for run in runs], "{:.2f}", spread=False),
         f"{statistics.median(run.median_step_ms for run in runs):.2f}",
         f"{statistics.fmean(run.mean_step_ms for run in runs):.2f}",
         f"{result.compile_seconds:.1f}",
@@ -90,7 +90,7 @@ def _final_accuracy(run: Run) -> float:
     return run.epochs[-1].test_accuracy
 
 
-def _mean(values: Sequence[float], form: str, *, spread: bool = True) -> str:
+def mean_and_spread(values: Sequence[float], form: str, *, spread: bool = True) -> str:
     """Mean ± standard deviation; where some seeds have no value: how many have one."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:

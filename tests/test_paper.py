@@ -4,14 +4,16 @@ import contextlib
 import itertools
 import json
 import math
+import shutil
 import sys
 import types
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import experiment, experiments, paper, runs
+from benchmarks import experiment, experiments, paper, report, results, runs
 from benchmarks.errors import UsageError
 from benchmarks.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
 from benchmarks.halving import Rung, candidates, grid_size, search
@@ -30,7 +32,7 @@ TINY = Experiment(
     epochs=2,
     seeds=(0, 1),
     rungs=(Rung(1, 2), Rung(2, 1)),
-    targets=Targets(train_loss=2.0, test_accuracy=0.3),
+    targets=Targets(train_loss=2.3, test_accuracy=0.3),
 )
 TIMES = {"median_step_ms", "mean_step_ms", "machine", "compile_seconds", "seconds"}
 
@@ -343,3 +345,119 @@ def test_refused_in_one_sentence(tiny, tmp_path, arguments, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+# --- the report ------------------------------------------------------------------------------
+
+
+def written(out, directory, **changed):
+    """A copy of the experiment's JSON with another description, and its report."""
+    shutil.copytree(out / "runs", directory / "x" / "runs")
+    return written_over(out, directory, **changed)
+
+
+def written_over(out, directory, **changed):
+    description = json.loads((out / "experiment.json").read_text()) | changed
+    (directory / "x" / "experiment.json").write_text(json.dumps(description))
+    report.main([str(directory)])
+    return (directory / "report.md").read_text()
+
+
+def row(text, label):
+    """Cells of a line of the first table."""
+    (line, *_) = (line for line in text.splitlines() if line.startswith(f"| {label} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def is_drawn(path):
+    with Image.open(path) as image:
+        return image.format == "PNG" and image.size[0] > 100
+
+
+def test_comparison_is_reported(out, tmp_path):
+    published = {"source": "a book", "accuracy": {"SGDM": (91.5, 0.25)}}
+    text = written(out, tmp_path, published=published)
+    final = [r for r in records(out) if r["label"] == "SGDM" and not r["search"]]
+    accuracies = [100 * r["curve"][-1]["test_accuracy"] for r in final]
+    cells = row(text, "SGDM")
+    assert cells[1] == f"learning_rate {final[0]['settings']['learning_rate']:g}"
+    assert cells[3] == f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f}"
+    assert cells[4] == "91.50 ± 0.25"
+    first = [next((e["epoch"] for e in r["curve"] if e["train_loss"] <= 2.3), None) for r in final]
+    assert None not in first
+    assert float(cells[5].split(" ± ")[0]) == pytest.approx(np.mean(first), abs=0.051)
+    assert row(text, "TEKFAC")[4] == "–"
+    assert "fast: 2 of 2 runs diverged" in text
+    assert "a fixed, even sample of 3 of a grid of 6: TEKFAC" in text
+    assert "all of a grid of 3: SGDM" in text
+    assert is_drawn(tmp_path / "tiny.png")
+
+
+def test_unfinished_experiment_is_reported(out, tmp_path):
+    shutil.copytree(out / "runs", tmp_path / "x" / "runs")
+    for path in (tmp_path / "x" / "runs").glob("*seed1*"):
+        path.unlink()
+    text = written_over(out, tmp_path)
+    assert "not finished: TEKFAC, SGDM, fast" in text
+    assert "±" not in row(text, "SGDM")[3]
+    shutil.rmtree(tmp_path / "x" / "runs")
+    text = written_over(out, tmp_path, winners={})
+    assert row(text, "SGDM")[1:4] == ["–", "–", "–"]
+
+
+def test_ablation_is_reported(out, tmp_path):
+    text = written(out, tmp_path, view="ablation")
+    means = {
+        label: np.mean(
+            [
+                100 * r["curve"][-1]["test_accuracy"]
+                for r in records(out)
+                if r["label"] == label and not r["search"]
+            ]
+        )
+        for label in ("TEKFAC", "SGDM")
+    }
+    assert row(text, "TEKFAC")[4] == "+0.00"
+    assert row(text, "SGDM")[4] == f"{means['SGDM'] - means['TEKFAC']:+.2f}"
+    assert row(text, "fast")[4] == "–"
+    assert is_drawn(tmp_path / "tiny.png")
+
+
+def test_sweep_is_reported(out, tmp_path):
+    text = written(out, tmp_path, view="sweep", axes=["learning_rate", "damping"])
+    tekfac = next(r for r in records(out) if r["label"] == "TEKFAC" and not r["search"])
+    cells = row(text, f"tekfac, damping {tekfac['settings']['damping']:g}")
+    assert sum("±" in cell for cell in cells[1:-1]) == 1
+    assert cells[-1] == "0.0"
+    # Two entries of SGD: their rates stand in one row, and one of them diverged.
+    assert sum(cell != "–" for cell in row(text, "sgd")[1:-1]) == 1
+    assert is_drawn(tmp_path / "tiny.png")
+
+
+def test_overview_of_published_figures(out, tmp_path):
+    published = {"source": "a book", "accuracy": {"SGDM": (91.5, 0.25), "fast": (1, 0)}}
+    for name in ("one", "two"):
+        shutil.copytree(out, tmp_path / name)
+        description = json.loads((out / "experiment.json").read_text())
+        description |= {"name": name, "title": name, "published": published}
+        (tmp_path / name / "experiment.json").write_text(json.dumps(description))
+    report.main([str(tmp_path)])
+    cells = row((tmp_path / "report.md").read_text(), "two")
+    assert cells[1].endswith("(91.50 ± 0.25)")
+    assert cells[2] == "– (1.00 ± 0.00)"
+
+
+def test_nothing_to_report_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        report.main([str(tmp_path)])
+    assert end.value.code == 2
+    assert "no experiment.json in" in capsys.readouterr().err
+
+
+def test_plateau():
+    rates = [1e-3, 1e-2, 1e-1, 1.0]
+    assert results.plateau(rates, [50, 90, 90, 50]) == pytest.approx(1 + 2 / 40)
+    assert results.plateau(rates, [90, 89.5, 80, 89.5]) == pytest.approx(1 + 0.5 / 9.5)
+    assert results.plateau(rates, [10, 90, math.nan, 90]) == pytest.approx(1 / 80 + 1 / 90)
+    assert results.plateau([0.1], [90]) == 0
+    assert math.isnan(results.plateau(rates, [math.nan] * 4))

@@ -1,0 +1,171 @@
+"""What `benchmarks.paper` left in a directory, read back from the JSON alone."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.errors import DataError
+from benchmarks.loop import Epoch, Run
+from benchmarks.summary import Result
+
+
+class Outcome(NamedTuple):
+    """An entry's runs."""
+
+    label: str
+    optimizer: str
+    settings: dict[str, Any] | None  # what the search chose and what is fixed; None: not yet
+    grid: dict[str, list[Any]]
+    records: list[dict[str, Any]]  # finished runs, by seed
+    trials: int  # runs of the search
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Final test accuracy in %, NaN where the run diverged."""
+        return [
+            math.nan if r["diverged"] else 100 * r["curve"][-1]["test_accuracy"]
+            for r in self.records
+        ]
+
+    @property
+    def train_losses(self) -> list[float]:
+        """Of the trained networks on the training set, NaN where the run diverged."""
+        return [math.nan if r["diverged"] else r["train_loss"] for r in self.records]
+
+    def mean_accuracy(self) -> float:
+        """Over the seeds; NaN where there is none, or one diverged."""
+        return statistics.fmean(self.accuracies) if self.records else math.nan
+
+    def first(self, quantity: str, target: float, unit: str) -> list[float]:
+        """When each run reached a target: NaN where it never did.
+
+        Args:
+            quantity: ``"train_loss"`` (to fall to the target) or ``"test_accuracy"`` (to rise).
+            target: what is to be reached.
+            unit: ``"epoch"`` or ``"seconds"``.
+        """
+        sign = -1 if quantity == "train_loss" else 1
+        return [
+            next((e[unit] for e in r["curve"] if sign * e[quantity] >= sign * target), math.nan)
+            for r in self.records
+        ]
+
+    def median(self, name: str) -> float:
+        """Median over the runs of a number of the record."""
+        values = [record[name] for record in self.records]
+        return statistics.median(values) if values else math.nan
+
+    def at_edge(self) -> list[str]:
+        """Settings whose best value is the first or last of its grid: others may be better."""
+        if self.settings is None:
+            return []
+        return [
+            name
+            for name, values in self.grid.items()
+            if len(values) > 2 and self.settings[name] in (min(values), max(values))
+        ]
+
+    def as_result(self) -> Result:
+        """For the curves of `benchmarks.summary`."""
+        rate = (self.settings or {}).get("learning_rate", math.nan)
+        runs = [
+            Run(
+                self.label, rate, record["seed"], [Epoch(**epoch) for epoch in record["curve"]],
+                math.inf if record["diverged"] else record["train_loss"], [],
+            )
+            for record in self.records
+        ]  # fmt: skip
+        return Result(self.label, rate, None, 0.0, runs)
+
+
+class Results(NamedTuple):
+    """An experiment, finished or not."""
+
+    description: dict[str, Any]
+    outcomes: list[Outcome]
+
+    @property
+    def name(self) -> str:
+        """Of the experiment's module."""
+        return self.description["name"]
+
+
+def read(directory: Path) -> list[Results]:
+    """All experiments in a directory and below it.
+
+    Raises:
+        DataError: there is none.
+    """
+    paths = sorted(directory.glob("**/experiment.json"))
+    if not paths:
+        raise DataError(
+            f"no experiment.json in {directory} or below: pass the directory into which "
+            "benchmarks.paper has written"
+        )
+    return [_read_one(path.parent) for path in paths]
+
+
+def _read_one(directory: Path) -> Results:
+    description = json.loads((directory / "experiment.json").read_text())
+    found = [json.loads(path.read_text()) for path in sorted(directory.glob("runs/*.json"))]
+    # A directory may hold runs of an experiment that has been changed since.
+    found = [record for record in found if record["task"] == description["task"]]
+    outcomes = []
+    for entry in description["entries"]:
+        own = [record for record in found if record["label"] == entry["label"]]
+        settings = description["winners"].get(entry["label"])
+        final = [
+            record
+            for record in own
+            if not record["search"]
+            and record["settings"] == settings
+            and record["epochs"] == description["epochs"]
+            and record["schedule"] == description["schedule"]
+            and record["seed"] in description["seeds"]
+        ]
+        outcomes.append(
+            Outcome(
+                entry["label"], entry["optimizer"], settings, entry["grid"],
+                sorted(final, key=lambda record: record["seed"]),
+                sum(record["search"] for record in own),
+            )
+        )  # fmt: skip
+    return Results(description, outcomes)
+
+
+def plateau(values: Sequence[float], accuracies: Sequence[float], within: float = 1.0) -> float:
+    """How many decades of a setting are about as good as the best value.
+
+    The range around the best value in which the accuracy, interpolated linearly over the logarithm
+    of the setting, is no more than `within` below the best; cut off at the ends of the grid. A
+    value without a finite accuracy is worth nothing.
+
+    Args:
+        values: of the setting, ascending.
+        accuracies: for each value, in %.
+        within: in % points.
+
+    Returns:
+        Width in decades; NaN where no accuracy is finite.
+    """
+    heights = np.nan_to_num(np.asarray(accuracies, float), nan=0.0)
+    if not np.isfinite(accuracies).any():
+        return math.nan
+    x, best = np.log10(values), int(heights.argmax())
+    floor = heights[best] - within
+
+    def edge(step: int) -> float:
+        i = best
+        while 0 <= i + step < len(x) and heights[i + step] >= floor:
+            i += step
+        j = i + step
+        if not 0 <= j < len(x):
+            return x[i]
+        return x[i] + (x[j] - x[i]) * (heights[i] - floor) / (heights[i] - heights[j])
+
+    return float(edge(1) - edge(-1))
