@@ -1,14 +1,14 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from disk, as uint8.
 
-Two layouts are read: the official python archives, unpacked or not, and a packed one, a pair of
-`.npz` files that each hold half of the images as lossless WebP.
+Three layouts are read: the official archives, unpacked or not, in their python and their binary
+version, and a packed one, a pair of `.npz` files that each hold half of the images as lossless
+WebP.
 """
 
+import functools
 import io
 import sys
 import tarfile
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +17,32 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.errors import DataError, check_subset
+from benchmarks.images import (
+    DAMAGE,
+    Moments,
+    RawImages,
+    Source,
+    Split,
+    check_directory,
+    checked_labels,
+    damaged,
+    joined,
+    shuffled,
+)
 from benchmarks.unpickle import safe_loads
 
 _SIZE = 32
 _DOWNLOAD = "https://www.cs.toronto.edu/~kriz/cifar.html"
-# What reading a truncated or foreign file can raise.
-_DAMAGE = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zipfile.BadZipFile,
-           zlib.error)  # fmt: skip
+
+
+class Binary(NamedTuple):
+    """Files of the binary version: bytes of labels and of pixels, image after image."""
+
+    folder: str
+    archive: str
+    train_files: tuple[str, ...]
+    test_file: str
+    label_bytes: int  # before each image; the last one is the class
 
 
 class Variant(NamedTuple):
@@ -31,73 +50,82 @@ class Variant(NamedTuple):
 
     title: str
     num_classes: int
-    folder: str  # of the official archive
+    folder: str  # of the official python archive
     archive: str
     train_files: tuple[str, ...]
     test_file: str
     labels_key: str
+    binary: Binary
     packs: tuple[str, str]
-    mean: tuple[float, float, float]  # of the training set per channel, pixels in 0..1
+    # Of the training set per channel, pixels in 0..1, measured; a pack may hold half of it.
+    mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
     def files(self) -> str:
         """What may be in the directory, in words."""
-        return f"{self.folder}, {self.archive}, or {' and '.join(self.packs)} ({_DOWNLOAD})"
+        return (
+            f"{self.folder}, {self.archive}, {self.binary.folder}, {self.binary.archive}, or "
+            f"{' and '.join(self.packs)} ({_DOWNLOAD})"
+        )
 
 
 VARIANTS = {
     "cifar10": Variant(
         "CIFAR-10", 10, "cifar-10-batches-py", "cifar-10-python.tar.gz",
         tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "labels",
+        Binary("cifar-10-batches-bin", "cifar-10-binary.tar.gz",
+               tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", 1),
         ("cifar10_a.npz", "cifar10_b.npz"),
         (0.49140, 0.48216, 0.44653), (0.24703, 0.24349, 0.26159),
     ),
     "cifar100": Variant(
         "CIFAR-100", 100, "cifar-100-python", "cifar-100-python.tar.gz",
         ("train",), "test", "fine_labels",
+        Binary("cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", 2),
         ("cifar100_a.npz", "cifar100_b.npz"),
         (0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615),
     ),
 }  # fmt: skip
 
 
-class Split(NamedTuple):
-    """Images (N, 32, 32, 3) and labels (N,), both uint8."""
+def read_cifar(variant: Variant, directory: Path, subset: int | None) -> RawImages:
+    """Reads whichever layout `directory` holds; errors as in `load_dataset`.
 
-    images: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-
-
-class RawCifar(NamedTuple):
-    """Training and test set as they are on disk."""
-
-    train_images: NDArray[np.uint8]
-    train_labels: NDArray[np.uint8]
-    test_images: NDArray[np.uint8]
-    test_labels: NDArray[np.uint8]
-
-
-def read_cifar(variant: Variant, directory: Path, subset: int | None) -> RawCifar:
-    """Reads whichever layout `directory` holds; errors as in `load_dataset`."""
-    if not directory.is_dir():
-        raise DataError(
-            f"{directory} is no directory: pass with --data the one that holds {variant.files}"
-        )
-    names = (*variant.train_files, variant.test_file)
-    if (directory / variant.folder).is_dir():
-        contents = _read_folder(directory / variant.folder, names)
-    elif (directory / variant.archive).is_file():
-        contents = _read_archive(directory / variant.archive, variant.folder, names)
-    else:
-        packs = [directory / name for name in variant.packs if (directory / name).is_file()]
-        if not packs:
-            raise DataError(f"no {variant.title} in {directory}: it must hold {variant.files}")
-        return _from_packs(variant, packs, directory, subset)
-    return _from_batches(variant, contents, directory, subset)
+    The python and the binary version have the same images in the same order.
+    """
+    check_directory(directory, variant.files)
+    for layout, parse in ((variant, _parse_batch), (variant.binary, _parse_records)):
+        contents = _read_files(layout, directory)
+        if contents is not None:
+            *train, test = [parse(variant, *item) for item in contents.items()]
+            kept = shuffled(joined(train), subset, f"{variant.title} in {directory}")
+            return RawImages(kept, test, Moments(variant.mean, variant.std))
+    packs = [directory / name for name in variant.packs if (directory / name).is_file()]
+    if not packs:
+        raise DataError(f"no {variant.title} in {directory}: it must hold {variant.files}")
+    return _from_packs(variant, packs, directory, subset)
 
 
-# --- the official python archives ------------------------------------------------------------
+SOURCES = {
+    name: Source(
+        variant.title, variant.num_classes, variant.files, functools.partial(read_cifar, variant)
+    )
+    for name, variant in VARIANTS.items()
+}
+
+
+# --- the official archives -------------------------------------------------------------------
+
+
+def _read_files(layout: Variant | Binary, directory: Path) -> dict[str, bytes] | None:
+    """Contents by place, the test set last; None: neither the folder nor the archive is there."""
+    names = (*layout.train_files, layout.test_file)
+    if (directory / layout.folder).is_dir():
+        return _read_folder(directory / layout.folder, names)
+    if (directory / layout.archive).is_file():
+        return _read_archive(directory / layout.archive, layout.folder, names)
+    return None
 
 
 def _read_folder(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -119,22 +147,11 @@ def _read_archive(path: Path, folder: str, names: tuple[str, ...]) -> dict[str, 
                 file = archive.extractfile(member) if member.name in wanted else None
                 if file is not None:
                     contents[member.name] = file.read()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(path, error) from error
     if missing := sorted(wanted - set(contents)):
         raise DataError(f"{path} lacks {missing[0]}: download it again from {_DOWNLOAD}")
     return {f"{path}/{folder}/{name}": contents[f"{folder}/{name}"] for name in names}
-
-
-def _from_batches(
-    variant: Variant, contents: dict[str, bytes], directory: Path, subset: int | None
-) -> RawCifar:
-    *train, test = [_parse_batch(variant, *item) for item in contents.items()]
-    images = np.concatenate([split.images for split in train])
-    labels = np.concatenate([split.labels for split in train])
-    check_subset(subset, len(images), f"{variant.title} in {directory}")
-    order = np.random.default_rng(0).permutation(len(images))[:subset]
-    return RawCifar(images[order], labels[order], *test)
 
 
 def _parse_batch(variant: Variant, where: str, content: bytes) -> Split:
@@ -148,7 +165,18 @@ def _parse_batch(variant: Variant, where: str, content: bytes) -> Split:
     # A damaged pickle is a random program for the unpickler: it can raise nearly anything.
     except Exception as error:
         raise _damaged(where, error) from error
-    return Split(images, _checked_labels(variant, labels, where))
+    return Split(images, checked_labels(labels, variant.num_classes, variant.title, where))
+
+
+def _parse_records(variant: Variant, where: str, content: bytes) -> Split:
+    label_bytes = variant.binary.label_bytes
+    size = label_bytes + 3 * _SIZE**2
+    if len(content) % size:
+        raise _damaged(where, f"{len(content)} bytes are no multiple of {size}")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    images = records[:, label_bytes:].reshape(-1, 3, _SIZE, _SIZE).transpose(0, 2, 3, 1)
+    labels = records[:, label_bytes - 1]
+    return Split(images, checked_labels(labels, variant.num_classes, variant.title, where))
 
 
 # --- the packed pair ---------------------------------------------------------------------------
@@ -156,7 +184,7 @@ def _parse_batch(variant: Variant, where: str, content: bytes) -> Split:
 
 def _from_packs(
     variant: Variant, paths: list[Path], directory: Path, subset: int | None
-) -> RawCifar:
+) -> RawImages:
     if len(paths) < len(variant.packs):
         print(
             f"notice: of {' and '.join(variant.packs)} only {paths[0].name} is in {directory}: "
@@ -172,8 +200,7 @@ def _from_packs(
         train.append(_decode(path, pack, "train", left))
         left -= len(train[-1].labels)
         test.append(_decode(path, pack, "test", len(pack["test_labels"])))
-    columns = [*zip(*train, strict=True), *zip(*test, strict=True)]
-    return RawCifar(*map(np.concatenate, columns))
+    return RawImages(joined(train), joined(test), Moments(variant.mean, variant.std))
 
 
 def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
@@ -192,7 +219,7 @@ def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
                 raise ValueError(f"{split}_bytes are no bytes")
             if offsets[-1] > len(pack[f"{split}_bytes"]):
                 raise ValueError(f"{split}_bytes end before the last image")
-    except (*_DAMAGE, AttributeError, TypeError, IndexError) as error:
+    except (*DAMAGE, AttributeError, TypeError, IndexError) as error:
         raise _damaged(path, error) from error
     if num_classes != variant.num_classes:
         raise DataError(
@@ -200,7 +227,7 @@ def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
             "put the right file there"
         )
     for key in ("train_labels", "test_labels"):
-        pack[key] = _checked_labels(variant, pack[key], str(path))
+        pack[key] = checked_labels(pack[key], variant.num_classes, variant.title, path)
     return pack
 
 
@@ -215,25 +242,10 @@ def _decode(path: Path, pack: dict[str, NDArray], split: str, count: int) -> Spl
                 if image.size != (_SIZE, _SIZE) or image.mode != "RGB":
                     raise ValueError(f"{split} image {i} is {image.size}, {image.mode}")
                 images[i] = np.asarray(image)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise _damaged(path, error) from error
     return Split(images, labels)
 
 
-# --- checks --------------------------------------------------------------------------------------
-
-
-def _checked_labels(variant: Variant, labels: NDArray, where: str) -> NDArray[np.uint8]:
-    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
-        raise _damaged(where, f"labels of shape {labels.shape} and type {labels.dtype}")
-    if labels.min() < 0 or labels.max() >= variant.num_classes:
-        raise DataError(
-            f"{where} has labels from {labels.min()} to {labels.max()} where {variant.title} has "
-            f"{variant.num_classes} classes: put the right file there"
-        )
-    return labels.astype(np.uint8)
-
-
 def _damaged(where: Path | str, why: object) -> DataError:
-    reason = " ".join(str(why).split()) or type(why).__name__
-    return DataError(f"{where} is damaged or no CIFAR file ({reason}): fetch it again")
+    return damaged(where, "CIFAR", why)

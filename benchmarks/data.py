@@ -1,4 +1,4 @@
-"""Data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100, and a book."""
+"""Data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100, SVHN, Fashion-MNIST, and a book."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -8,19 +8,22 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from benchmarks.cifar import VARIANTS, read_cifar
+from benchmarks import cifar, idx, svhn
 from benchmarks.errors import DataError, check_subset
+from benchmarks.images import Moments, Split
 from benchmarks.text import read_alice
 
 __all__ = ["DATASETS", "DataError", "Dataset", "Examples", "load_dataset"]
 
 Examples = Literal["images", "windows"]  # windows of a text
 
+_ON_DISK = cifar.SOURCES | svhn.SOURCES | idx.SOURCES
 # name -> what its examples are
 DATASETS: dict[str, Examples] = {
     "digits": "images",
-    **dict.fromkeys(VARIANTS, "images"),
+    **dict.fromkeys(cifar.SOURCES, "images"),
     "alice": "windows",
+    **dict.fromkeys((*svhn.SOURCES, *idx.SOURCES), "images"),
 }
 _DIGITS_TEST = 360  # a fifth of the 1797 images
 
@@ -47,8 +50,8 @@ def load_dataset(name: str, data: Path | str | None = None, subset: int | None =
 
     Args:
         name: one of `DATASETS`.
-        data: directory that holds CIFAR; digits come with scikit-learn, alice lies beside this
-            module: they need none.
+        data: directory that holds the files of CIFAR, SVHN or Fashion-MNIST; digits come with
+            scikit-learn, alice lies beside this module: they need none.
         subset: keep only that many training examples. The order is shuffled once and for all, so
             that a subset is a fair sample, and a smaller one is part of a larger one.
 
@@ -64,22 +67,27 @@ def load_dataset(name: str, data: Path | str | None = None, subset: int | None =
     if name == "alice":
         train, test, num_characters = read_alice(subset)
         return Dataset(name, *train, *test, num_characters, "windows")
-    if name not in VARIANTS:
+    if name not in _ON_DISK:
         raise DataError(f"unknown dataset {name!r}: choose from {', '.join(DATASETS)}")
-    variant = VARIANTS[name]
+    source = _ON_DISK[name]
     if data is None:
         raise DataError(
-            f"{name} is read from a directory: pass with --data the one that holds {variant.files}"
+            f"{name} is read from a directory: pass with --data the one that holds {source.files}"
         )
-    raw = read_cifar(variant, Path(data), subset)
-    return Dataset(
-        name,
-        _standardise(raw.train_images / np.float32(255), variant.mean, variant.std),
-        raw.train_labels.astype(np.int32),
-        _standardise(raw.test_images / np.float32(255), variant.mean, variant.std),
-        raw.test_labels.astype(np.int32),
-        variant.num_classes,
-    )
+    raw = source.read(Path(data), subset)
+    train, test = _standardised(raw.train, raw.moments), _standardised(raw.test, raw.moments)
+    return Dataset(name, *train, *test, source.num_classes)
+
+
+def _standardised(split: Split, moments: Moments) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Images and labels as the networks read them."""
+    pixels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
+    table = _standardise(pixels, moments.mean, moments.std)  # (256, channels)
+    images = np.empty(split.images.shape, np.float32)
+    # Looked up, since arithmetic would hold all of SVHN three times in float32.
+    for channel, values in enumerate(table.T):
+        images[..., channel] = values[split.images[..., channel]]
+    return images, split.labels.astype(np.int32)
 
 
 def _digits(subset: int | None) -> Dataset:
