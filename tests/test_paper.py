@@ -259,19 +259,28 @@ def test_step_decay():
     )
 
 
-def test_experiments_are_complete():
-    """Each can be made, has different labels, and says how it is run."""
-    for name in experiments.ORDER:
-        found, doc = experiment.load(name)
-        assert f"python -m benchmarks.paper {name}" in doc
-        labels = [entry.label for entry in found.entries]
-        assert len(set(labels)) == len(labels)
-        if found.published:
-            assert set(found.published.accuracy) <= set(labels)
-        for entry in found.entries:
-            for candidate in candidates(entry.grid, 1):
-                settings = {**entry.fixed, **candidate}
-                assert settings["learning_rate"] > 0
+@pytest.mark.parametrize("name", experiments.ORDER)
+def test_experiments_are_complete(name, trainer):
+    """It can be made, has different labels, and says how it is run."""
+    found, doc = experiment.load(name)
+    assert f"python -m benchmarks.paper {name}" in doc
+    labels = [entry.label for entry in found.entries]
+    assert len(set(labels)) == len(labels)
+    if found.published:
+        assert set(found.published.accuracy) <= set(labels)
+    params, _ = trainer.task.initial_variables(0)
+    made = set()  # most entries of a sweep differ in numbers only
+    for entry in found.entries:
+        settings = {**entry.fixed, **candidates(entry.grid, 1)[0]}
+        assert settings["learning_rate"] > 0
+        static, traced = divide(settings)
+        fisher = static.pop("fisher", "empirical")
+        assert fisher in ("empirical", "sampled")
+        if (kind := repr((entry.optimizer, static, sorted(traced)))) not in made:
+            made.add(kind)
+            tx = make_optimizer(entry.optimizer, trainer.layers, static, traced)
+            hyperparams = jax.eval_shape(tx.init, params).hyperparams
+            assert set(hyperparams) == set(traced)
 
 
 # --- the whole -------------------------------------------------------------------------------
@@ -403,6 +412,21 @@ def test_unfinished_experiment_is_reported(out, tmp_path):
     shutil.rmtree(tmp_path / "x" / "runs")
     text = written_over(out, tmp_path, winners={})
     assert row(text, "SGDM")[1:4] == ["–", "–", "–"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"settings": {"learning_rate": 7.0}}, {"epochs": 3}, {"seed": 9}, {"task": {}}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_runs_of_another_experiment_do_not_count(out, tmp_path, changed):
+    """What an experiment that has been changed since has left in its directory."""
+    shutil.copytree(out / "runs", tmp_path / "x" / "runs")
+    expected = written_over(out, tmp_path)
+    for index, record in enumerate(records(out)):
+        path = tmp_path / "x" / "runs" / f"old{index}.json"
+        path.write_text(json.dumps(record | changed | {"search": False}))
+    assert written_over(out, tmp_path) == expected
 
 
 def test_ablation_is_reported(out, tmp_path):
