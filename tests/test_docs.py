@@ -165,5 +165,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "site" / "api" / "index.html").read_text()
     for name in tekfac_jax.__all__:
         assert f'id="tekfac_jax.{name}"' in reference, name
+    for name in ("tekfac", "kfac", "scale_by_tekfac", "scale_by_kfac"):
+        signature = reference.split(f'id="tekfac_jax.{name}"')[1].split("doc-contents")[0]
+        assert "stagger" in signature, name  # which only `inspect` sees in some of them
     assert "&gt;&gt;&gt;" in reference  # examples are code
     assert "<blockquote>" not in reference  # and no quotations
+    assert "<em>" not in reference  # the stars of shapes are stars
