@@ -1,4 +1,4 @@
-"""Networks by name: a CNN, ResNet20 and VGG16 here, `benchmarks.transformers` beside it."""
+"""Networks by name: a CNN, ResNets and VGGs here, `benchmarks.transformers` beside it."""
 
 import functools
 from collections.abc import Callable
@@ -7,19 +7,23 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 from benchmarks.data import Examples
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.transformers import Transformer, ViT
+from benchmarks.transformers import Transformer, ViT, head
+
+# What a module computes in; its parameters are float32 whatever it is.
+DTYPES = ("float32", "bfloat16")
 
 _conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=nn.initializers.he_normal())
 # What BatchNorm shifts away again needs no bias before it.
 _conv_before_norm = functools.partial(_conv, use_bias=False)
 
 
-def _norm(train: bool, affine: bool) -> Callable[[jax.Array], jax.Array]:
+def _norm(train: bool, affine: bool, dtype: Dtype | None) -> Callable[[jax.Array], jax.Array]:
     return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, use_bias=affine, use_scale=affine
+        use_running_average=not train, momentum=0.9, use_bias=affine, use_scale=affine, dtype=dtype
     )
 
 
@@ -28,19 +32,20 @@ class CNN(nn.Module):
 
     num_classes: int = 10
     width: int = 16
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Images (N, H, W, C) to logits (N, num_classes); H and W multiples of 8."""
         del train  # nothing here behaves differently in training
-        x = nn.relu(_conv(self.width)(x))
+        x = nn.relu(_conv(self.width, dtype=self.dtype)(x))
         x = nn.max_pool(x, (2, 2), (2, 2))
-        x = nn.relu(_conv(2 * self.width)(x))
+        x = nn.relu(_conv(2 * self.width, dtype=self.dtype)(x))
         # 4×4 positions whatever the image: the curvature of the dense layer stays affordable.
         window = (x.shape[1] // 4, x.shape[2] // 4)
         x = nn.avg_pool(x, window, window)
-        x = nn.relu(nn.Dense(2 * self.width)(x.reshape(x.shape[0], -1)))
-        return nn.Dense(self.num_classes)(x)
+        x = nn.relu(nn.Dense(2 * self.width, dtype=self.dtype)(x.reshape(x.shape[0], -1)))
+        return head(self.num_classes, self.dtype)(x)
 
 
 class _BasicBlock(nn.Module):
@@ -49,71 +54,97 @@ class _BasicBlock(nn.Module):
     width: int
     stride: int
     affine: bool
+    dtype: Dtype | None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = _conv_before_norm(self.width, strides=self.stride)(x)
-        y = nn.relu(_norm(train, self.affine)(y))
-        y = _norm(train, self.affine)(_conv_before_norm(self.width)(y))
+        norm = functools.partial(_norm, train, self.affine, self.dtype)
+        y = _conv_before_norm(self.width, strides=self.stride, dtype=self.dtype)(x)
+        y = nn.relu(norm()(y))
+        y = norm()(_conv_before_norm(self.width, dtype=self.dtype)(y))
         shortcut = x[:, :: self.stride, :: self.stride]
         new_channels = self.width - x.shape[-1]
         shortcut = jnp.pad(shortcut, ((0, 0), (0, 0), (0, 0), (0, new_channels)))
         return nn.relu(y + shortcut)
 
 
-class ResNet20(nn.Module):
-    """ResNet20 for CIFAR (He et al. 2016, section 4.2): three stages of three basic blocks.
+class ResNet(nn.Module):
+    """ResNet for CIFAR (He et al. 2016, section 4.2): three stages of basic blocks.
 
-    Shortcuts are identities (option A of the paper, used there for CIFAR): where the resolution
-    halves, every second position is kept and the new channels are zero. 269,722 parameters at
-    width 16 with 10 classes.
+    `depth` counts the layers with a kernel, 6n + 2 for n blocks a stage. Shortcuts are identities
+    (option A of the paper, used there for CIFAR): where the resolution halves, every second
+    position is kept and the new channels are zero. ResNet20 has 269,722 parameters at width 16
+    with 10 classes.
     """
 
     num_classes: int = 10
     width: int = 16
     affine: bool = True
+    depth: int = 20
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Images (N, H, W, C) to logits (N, num_classes)."""
-        x = nn.relu(_norm(train, self.affine)(_conv_before_norm(self.width)(x)))
+        blocks, rest = divmod(self.depth - 2, 6)
+        if blocks < 1 or rest:
+            raise UsageError(
+                f"a ResNet has a depth of 6n + 2, got {self.depth}: choose 8, 14, 20, 32, 44, 56 "
+                "or 110"
+            )
+        x = _conv_before_norm(self.width, dtype=self.dtype)(x)
+        x = nn.relu(_norm(train, self.affine, self.dtype)(x))
         for stage in range(3):
-            for block in range(3):
+            for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                x = _BasicBlock(self.width * 2**stage, stride, self.affine)(x, train=train)
-        return nn.Dense(self.num_classes)(x.mean(axis=(1, 2)))
+                width = self.width * 2**stage
+                x = _BasicBlock(width, stride, self.affine, self.dtype)(x, train=train)
+        return head(self.num_classes, self.dtype)(x.mean(axis=(1, 2)))
 
 
-class VGG16(nn.Module):
-    """VGG16 (Simonyan and Zisserman 2015, configuration D) for 32×32 images.
+class VGG(nn.Module):
+    """VGG (Simonyan and Zisserman 2015): stages of 3×3 convolutions, each ending in a pooling.
 
-    As usual for CIFAR: BatchNorm after each of the 13 convolutions, and one dense layer for three,
-    since five poolings leave a single position. On CPU take ``width=32``: XLA is very slow at
-    512 → 512 channels on 2×2 positions.
+    As usual for CIFAR: BatchNorm after each convolution, and one dense layer for three, on the
+    mean over what positions are left (of 32×32 the five poolings of VGG16 leave one). Widths
+    double from stage to stage up to eight times the first. `stages` says how many convolutions
+    each has; the default is VGG16, the paper's configuration D. On CPU take ``width=32`` for it:
+    XLA is very slow at 512 → 512 channels on 2×2 positions.
     """
 
     num_classes: int = 10
     width: int = 64
     affine: bool = True
+    stages: tuple[int, ...] = (2, 2, 3, 3, 3)
+    title: str = "vgg16"  # for errors
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Images (N, 32, 32, C) to logits (N, num_classes)."""
-        if x.shape[1:3] != (32, 32):
+        """Images (N, H, W, C) to logits (N, num_classes); H and W at least 2^len(stages)."""
+        smallest = 2 ** len(self.stages)
+        if min(x.shape[1:3]) < smallest:
             raise UsageError(
-                f"vgg16 is made for 32x32 images, these are {x.shape[1]}x{x.shape[2]}: choose cnn "
-                "or resnet20"
+                f"{self.title} is made for {smallest}x{smallest} images, these are "
+                f"{x.shape[1]}x{x.shape[2]}: choose larger ones, or cnn or resnet20"
             )
-        for depth, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
-            for _ in range(depth):
-                x = _conv_before_norm(self.width * factor)(x)
-                x = nn.relu(_norm(train, self.affine)(x))
+        for stage, convolutions in enumerate(self.stages):
+            for _ in range(convolutions):
+                width = self.width * 2 ** min(stage, 3)
+                x = _conv_before_norm(width, dtype=self.dtype)(x)
+                x = nn.relu(_norm(train, self.affine, self.dtype)(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
-        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+        return head(self.num_classes, self.dtype)(x.mean(axis=(1, 2)))
+
+
+ResNet8 = functools.partial(ResNet, depth=8)
+ResNet20 = functools.partial(ResNet, depth=20)
+VGG16 = functools.partial(VGG, stages=(2, 2, 3, 3, 3), title="vgg16")
+VGGMini = functools.partial(VGG, width=16, stages=(2, 2, 2), title="vgg-mini")
 
 
 class Kind(NamedTuple):
-    """How a model is made from (num_classes, width=...), and what it reads."""
+    """How a model is made from (num_classes, width=..., dtype=...), and what it reads."""
 
     make: Callable[..., nn.Module]
     examples: Examples
@@ -126,6 +157,8 @@ MODELS = {
     "vgg16": Kind(VGG16, "images", True),
     "vit": Kind(ViT, "images", True),
     "transformer": Kind(Transformer, "windows", True),
+    "resnet8": Kind(ResNet8, "images", True),
+    "vgg-mini": Kind(VGGMini, "images", True),
 }
 
 
@@ -141,7 +174,12 @@ def check_model(name: str, dataset: str, examples: Examples) -> None:
 
 
 def make_model(
-    name: str, num_classes: int, width: int | None = None, *, affine: bool = True
+    name: str,
+    num_classes: int,
+    width: int | None = None,
+    *,
+    affine: bool = True,
+    dtype: Dtype | None = None,
 ) -> nn.Module:
     """A model by its name.
 
@@ -152,16 +190,29 @@ def make_model(
             None: the model's usual width.
         affine: whether BatchNorm and LayerNorm have a scale and a bias of their own; `cnn` has
             neither norm.
+        dtype: what is computed in, one of `DTYPES`; None: in the type of inputs and parameters.
+            Parameters, averages of BatchNorm and logits are float32 in any case.
 
     Returns:
         Module of (inputs, train=...).
 
     Raises:
-        UsageError: unknown name.
+        UsageError: unknown name or type.
     """
     check_choice("model", name, tuple(MODELS))
     kind = MODELS[name]
     options: dict[str, Any] = {} if width is None else {"width": width}
     if kind.has_norm:
         options["affine"] = affine
+    if dtype is not None:
+        options["dtype"] = _checked_dtype(dtype)
     return kind.make(num_classes, **options)
+
+
+def _checked_dtype(dtype: Dtype) -> Dtype:
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    check_choice("dtype", name, DTYPES)
+    return jnp.dtype(name)

@@ -1,10 +1,18 @@
 """Transformers: a ViT for images, and a decoder for text. Blocks are pre-norm."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.typing import Dtype
 
 from benchmarks.errors import UsageError
+
+
+def head(num_classes: int, dtype: Dtype | None) -> nn.Dense:
+    """The last layer: in float32 where the rest is in half precision, like the loss after it."""
+    return nn.Dense(num_classes, dtype=None if dtype is None else jnp.float32)
 
 
 class _Block(nn.Module):
@@ -13,6 +21,7 @@ class _Block(nn.Module):
     heads: int
     causal: bool
     affine: bool
+    dtype: Dtype | None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -24,14 +33,14 @@ class _Block(nn.Module):
                 f"--width a multiple of {self.heads}"
             )
         mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
-        y = _norm(self.affine)(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads)(y, y, mask=mask)
-        y = nn.Dense(4 * width)(_norm(self.affine)(x))
-        return x + nn.Dense(width)(nn.gelu(y))
+        y = _norm(self.affine, self.dtype)(x)
+        x = x + nn.MultiHeadDotProductAttention(self.heads, dtype=self.dtype)(y, y, mask=mask)
+        y = nn.Dense(4 * width, dtype=self.dtype)(_norm(self.affine, self.dtype)(x))
+        return x + nn.Dense(width, dtype=self.dtype)(nn.gelu(y))
 
 
-def _norm(affine: bool) -> nn.LayerNorm:
-    return nn.LayerNorm(use_bias=affine, use_scale=affine)
+def _norm(affine: bool, dtype: Dtype | None) -> nn.LayerNorm:
+    return nn.LayerNorm(use_bias=affine, use_scale=affine, dtype=dtype)
 
 
 def _positions(x: jax.Array) -> jax.Array:
@@ -51,6 +60,7 @@ class ViT(nn.Module):
     depth: int = 4
     heads: int = 4
     patch: int = 4
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -63,12 +73,14 @@ class ViT(nn.Module):
                 "--model"
             )
         size = (self.patch, self.patch)
-        x = nn.Conv(self.width, size, strides=size, name="patches")(x)
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        x = nn.Conv(self.width, size, strides=size, dtype=self.dtype, name="patches")(x)
         x = x.reshape(x.shape[0], -1, self.width)
-        x = x + nn.Embed(x.shape[1], self.width, name="positions")(_positions(x))
+        x = x + embed(x.shape[1], name="positions")(_positions(x))
         for _ in range(self.depth):
-            x = _Block(self.heads, causal=False, affine=self.affine)(x)
-        return nn.Dense(self.num_classes)(_norm(self.affine)(x).mean(axis=1))
+            x = _Block(self.heads, causal=False, affine=self.affine, dtype=self.dtype)(x)
+        x = _norm(self.affine, self.dtype)(x).mean(axis=1)
+        return head(self.num_classes, self.dtype)(x)
 
 
 class Transformer(nn.Module):
@@ -82,13 +94,15 @@ class Transformer(nn.Module):
     affine: bool = True
     depth: int = 4
     heads: int = 4
+    dtype: Dtype | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """Characters (N, T), whole numbers below `num_classes`, to logits (N, T, num_classes)."""
         del train  # nothing here behaves differently in training
-        positions = nn.Embed(x.shape[1], self.width, name="positions")(_positions(x))
-        x = nn.Embed(self.num_classes, self.width, name="characters")(x) + positions
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        positions = embed(x.shape[1], name="positions")(_positions(x))
+        x = embed(self.num_classes, name="characters")(x) + positions
         for _ in range(self.depth):
-            x = _Block(self.heads, causal=True, affine=self.affine)(x)
-        return nn.Dense(self.num_classes)(_norm(self.affine)(x))
+            x = _Block(self.heads, causal=True, affine=self.affine, dtype=self.dtype)(x)
+        return head(self.num_classes, self.dtype)(_norm(self.affine, self.dtype)(x))
