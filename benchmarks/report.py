@@ -201,7 +201,14 @@ def notes(results: Results) -> list[str]:
             found.append(f"{outcome.label}: {diverged} of {len(outcome.records)} runs diverged")
         if failures:
             found.append(f"{outcome.label}: {failures} statistics or decompositions not finite")
-    return found + [f"machine: {machine}" for machine in _machines(outcomes)]
+    loads = [r["machine"]["load"] for o in outcomes for r in o.records if r["machine"]["load"]]
+    found += [f"machine: {machine}" for machine in _machines(outcomes)]
+    if loads:
+        found.append(
+            f"load average of the machine: {min(loads):.1f} to {max(loads):.1f}; seconds of runs "
+            "under different loads do not compare"
+        )
+    return found
 
 
 def _machines(outcomes: Sequence[Outcome]) -> list[str]:

@@ -146,15 +146,16 @@ def train(
     state, progress = store.restore(spec, trainer.initial_state(spec.seed, traced))
     for _ in progress.curve:
         on_epoch()
-    saved = time.monotonic()
+    saved, kept = time.monotonic(), len(progress.curve)
     finite = True
     while finite and len(progress.curve) < spec.epochs:
-        if time.monotonic() > deadline:
+        late = time.monotonic() > deadline
+        new = len(progress.curve) > kept
+        if new and (late or time.monotonic() > saved + store.checkpoint_every):
             store.save(spec, state, progress)
+            saved, kept = time.monotonic(), len(progress.curve)
+        if late:
             raise OutOfTime
-        if time.monotonic() > saved + store.checkpoint_every:
-            store.save(spec, state, progress)
-            saved = time.monotonic()
         state, finite = _epoch(spec, trainer, state, progress)
         on_epoch()
     record = _record(spec, trainer, state, progress, finite)
@@ -207,8 +208,13 @@ def _record(
         "compile_seconds": trainer.compile_seconds,
         "parameters": trainer.task.num_parameters,
         "versions": {package: version(package) for package in _PACKAGES},
-        "machine": {**machine(), "load": os.getloadavg()},
+        "machine": {**machine(), "load": _load()},
     }
+
+
+def _load() -> float | None:
+    """How many programs wanted a core in the last minute: seconds on a busy machine are longer."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _failures(trainer: Trainer, state: TrainState) -> int:

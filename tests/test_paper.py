@@ -159,6 +159,16 @@ def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, k
     assert record["curve"][-1]["seconds"] > record["curve"][0]["seconds"] > 0
 
 
+def slow(now, trainer):
+    """Compiles for a second."""
+
+    def make():
+        now[0] += 1.0
+        return trainer
+
+    return make
+
+
 @pytest.mark.filterwarnings("ignore")  # of orbax
 def test_time_that_is_over_leaves_a_checkpoint(tmp_path, trainer, whole, monkeypatch):
     store = runs.Store(tmp_path)
@@ -173,8 +183,12 @@ def test_time_that_is_over_leaves_a_checkpoint(tmp_path, trainer, whole, monkeyp
     with pytest.raises(runs.OutOfTime):
         runs.train(spec(), store, lambda: trainer, deadline=1.5, on_epoch=on_epoch)
     assert len(epochs) == 2
+    make = slow(now, trainer)
+    with pytest.raises(runs.OutOfTime):  # no time for an epoch more
+        runs.train(spec(), store, make, deadline=now[0] + 0.5, on_epoch=on_epoch)
+    epochs.clear()
     record = runs.train(spec(), store, lambda: trainer, on_epoch=on_epoch)
-    assert len(epochs) == 2 + 3
+    assert len(epochs) == 3
     assert untimed(record) == untimed(whole)
 
 

@@ -3,6 +3,8 @@
 The first entry is the library's default; each other one differs by what its name says, and has
 its learning rate from the same three values. Sampled labels cost a second forward and backward
 pass in every step here, more than they must: compare its epochs, not its seconds.
+On two CPU cores 50 s a run of six epochs, and a compilation for most entries: everything about an
+hour.
 ``python -m benchmarks.paper ablation_cifar10 --data DIR``
 """
 
