@@ -76,6 +76,8 @@ def comparison(results: Results, image: Path) -> str:
     for name, target in targets.items():
         what = f"{100 * target:g} %" if name == "test_accuracy" else f"loss {target:g}"
         header += [f"epochs to {what}", f"seconds to {what}"]
+    first = results.outcomes[0]
+    header += [f"{first.label} takes of its {unit}" for unit in ("epochs", "seconds")]
     header += ["seconds", "median ms/step", "mean ms/step"]
     rows = []
     for outcome in results.outcomes:
@@ -85,6 +87,9 @@ def comparison(results: Results, image: Path) -> str:
         for name, target in targets.items():
             row.append(_mean(outcome.first(name, target, "epoch"), "{:.1f}"))
             row.append(_mean(outcome.first(name, target, "seconds"), "{:.1f}"))
+        for unit in ("epoch", "seconds"):
+            shown = _mean(first.share_of(outcome, unit), "{:.2f}")
+            row.append(_DASH if outcome is first else shown)
         rows.append([*row, *_times(outcome)])
     _save_curves(results, image)
     return markdown(header, rows)
@@ -177,13 +182,18 @@ def notes(results: Results) -> list[str]:
         "training steps, without compilation and evaluation; train loss is that of the trained "
         "network, a loss to be reached the mean over the steps of an epoch."
     ]
+    if described["view"] == "comparison":
+        found.append(
+            f"{outcomes[0].label} takes of its epochs, seconds: to reach the least training loss "
+            "that the other one has in any epoch, as a share of what the other one takes"
+        )
     missing = [o.label for o in outcomes if len(o.records) < seeds]
     if missing:
         found.append(f"not finished: {', '.join(missing)}")
     searched = [e for e in described["entries"] if e["grid_size"] > 1]
     if searched:
-        rungs = ", ".join(f"{r['epochs']} epochs keeping {r['keep']}" for r in described["rungs"])
-        found.append(f"tuned by successive halving on the training loss: rounds of {rungs}")
+        rungs = ", ".join(f"{r['epochs']} (keeps {r['keep']})" for r in described["rungs"])
+        found.append(f"tuned by successive halving on the training loss: epochs {rungs}")
         for size in sorted({e["grid_size"] for e in searched}):
             of = ", ".join(e["label"] for e in searched if e["grid_size"] == size)
             tried = min(size, described["trials"])

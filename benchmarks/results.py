@@ -55,6 +55,26 @@ class Outcome(NamedTuple):
             for r in self.records
         ]
 
+    def share_of(self, other: "Outcome", unit: str) -> list[float]:
+        """What part of another's epochs or seconds it takes to reach the other's best loss.
+
+        For each seed that both have: the least training loss of an epoch of the other one, and
+        when each of the two had got there; NaN where this one never does.
+        """
+        own = {record["seed"]: record["curve"] for record in self.records}
+        shares = []
+        for record in other.records:
+            if record["seed"] not in own or not record["curve"]:
+                continue
+            best = min(record["curve"], key=lambda epoch: epoch["train_loss"])
+            reached = (
+                epoch[unit]
+                for epoch in own[record["seed"]]
+                if epoch["train_loss"] <= best["train_loss"]
+            )
+            shares.append(next(reached, math.nan) / best[unit])
+        return shares
+
     def median(self, name: str) -> float:
         """Median over the runs of a number of the record."""
         values = [record[name] for record in self.records]

@@ -492,6 +492,27 @@ def test_nothing_to_report_is_refused(tmp_path, capsys):
     assert "no experiment.json in" in capsys.readouterr().err
 
 
+def test_share_of_anothers_epochs():
+    def outcome(*curves):
+        found = [
+            {
+                "seed": seed,
+                "curve": [
+                    {"epoch": k, "seconds": 2.0 * k, "train_loss": x}
+                    for k, x in enumerate(curve, 1)
+                ],
+            }
+            for seed, curve in enumerate(curves)
+        ]
+        return results.Outcome("some", "sgd", {}, {}, found, 0)
+
+    fast, slow = outcome([3, 1, 0.5, 0.4], [2, 2, 2, 2]), outcome([4, 3, 2, 1], [4, 1, 2, 3])
+    assert fast.share_of(slow, "epoch")[0] == 2 / 4
+    assert math.isnan(fast.share_of(slow, "seconds")[1])
+    assert slow.share_of(fast, "epoch")[1] == 2 / 1
+    assert fast.share_of(outcome([4, 3, 2, 1]), "seconds") == [4.0 / 8.0]
+
+
 def test_plateau():
     rates = [1e-3, 1e-2, 1e-1, 1.0]
     assert results.plateau(rates, [50, 90, 90, 50]) == pytest.approx(1 + 2 / 40)
