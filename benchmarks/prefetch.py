@@ -1,7 +1,7 @@
 """The next batches on their way to the device while a step runs."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.errors import UsageError
 _END = object()
 
 
-def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterable[Any], size: int = 2) -> Generator[Any, None, None]:
     """The same batches in the same order, on the device, made ahead by a thread.
 
     What `batches` raises is raised here, when its turn comes. Where the consumer stops early the
@@ -36,7 +36,7 @@ def prefetch(batches: Iterable[Any], size: int = 2) -> Iterator[Any]:
     return _prefetch(iter(batches), size)
 
 
-def _prefetch(batches: Iterator[Any], size: int) -> Iterator[Any]:
+def _prefetch(batches: Iterator[Any], size: int) -> Generator[Any, None, None]:
     def load() -> Any:
         batch = next(batches, _END)
         return batch if batch is _END else jax.device_put(batch)

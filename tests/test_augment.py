@@ -11,6 +11,8 @@ import pytest
 from benchmarks.augment import AUGMENTED, crop_and_flip
 from benchmarks.data import DATASETS
 from benchmarks.errors import UsageError
+from benchmarks.models import CNN
+from benchmarks.pipeline import measure
 from benchmarks.prefetch import prefetch
 
 
@@ -157,3 +159,11 @@ def test_consumer_may_stop_early():
 def test_nothing_made_ahead_is_refused():
     with pytest.raises(UsageError, match="size must be 1 or more batches made ahead, got 0"):
         prefetch([], 0)
+
+
+def test_cost_of_the_pipeline_is_measured():
+    with jax.numpy_dtype_promotion("standard"):
+        times = measure(CNN(width=2), batch_size=2, rounds=3)
+    assert list(times) == ["step alone", "with the pipeline", "made ahead"]
+    assert all(len(seconds) == 3 and min(seconds) > 0 for seconds in times.values())
+    assert not threads()
