@@ -30,6 +30,8 @@ DEFAULTS = {
     "digits": Defaults("cnn", 20, 64, 4, 97.0, 5, 10, "auto"),
     "cifar10": Defaults("resnet20", 20, 128, 2, 90.0, 1, None, "auto"),
     "cifar100": Defaults("resnet20", 20, 128, 2, 60.0, 1, None, "auto"),
+    "svhn": Defaults("resnet20", 20, 128, 2, 90.0, 1, None, "auto"),
+    "fashion_mnist": Defaults("resnet8", 20, 128, 2, 90.0, 1, None, "auto"),
     # "auto" is a fixed 1e-3 where nothing is a convolution: far above the curvature of a loss that
     # is a mean over 64 characters.
     "alice": Defaults("transformer", 10, 32, 2, 50.0, 1, 10, "trace"),
@@ -68,8 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     whole = _number(int, 1, math.inf)
     add = parser.add_argument
     add("--dataset", default="digits", help=f"{', '.join(DATASETS)} (default: digits)")
-    add("--data", type=Path, metavar="DIR", help="directory with CIFAR: the python archives, or "
-        "the packed .npz pair")  # fmt: skip
+    add("--data", type=Path, metavar="DIR", help="directory that holds the files of CIFAR, SVHN "
+        "or Fashion-MNIST, packed or not")  # fmt: skip
     add("--subset", type=whole, metavar="N", help="only N training examples")
     add("--model", help=f"{', '.join(MODELS)} ({_default('model')})")
     add("--width", type=whole, help="channels of the first convolution, of transformers "

@@ -21,11 +21,12 @@ from PIL import Image
 import tekfac_jax as tekfac
 from benchmarks import memory, peers, profile, speed, text, timing
 from benchmarks.cifar import VARIANTS
-from benchmarks.data import DataError, load_dataset
+from benchmarks.data import DATASETS, DataError, load_dataset
 from benchmarks.errors import UsageError
 from benchmarks.loop import Task, Trainer, cosine
-from benchmarks.models import make_model
+from benchmarks.models import MODELS, make_model
 from benchmarks.optimizers import OPTIMIZERS, Curvature
+from benchmarks.options import parse
 from benchmarks.search import TRIALS, search_learning_rate
 from benchmarks.soap import soap
 from benchmarks.text import WINDOW, cut_text
@@ -714,6 +715,13 @@ def test_memory_benchmark(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         memory.main(["--depth", "0"])
     assert end.value.code == 2
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_data_set_has_defaults(dataset):
+    parsed = parse(["--dataset", dataset])
+    assert parsed.model in MODELS
+    assert parsed.curvature.factor_interval >= 1
 
 
 @pytest.mark.slow
