@@ -189,7 +189,7 @@ class Trainer:
     `initial_state` takes other values of them.
 
     `compiled` is the step: (state, inputs, labels, learning_rate) -> (state, loss); it donates
-    `state`.
+    `state`. `gflop` is its arithmetic, with the largest branch of each conditional.
 
     Args:
         task: network and data.
@@ -223,8 +223,12 @@ class Trainer:
 
         step, state = jax.jit(self._step, donate_argnums=0), self.initial_state(0)
         started = time.perf_counter()
-        self.compiled = step.lower(state, *batch, jnp.float32(0)).compile()
+        lowered = step.lower(state, *batch, jnp.float32(0))
+        self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - started
+        # Before compilation: in the compiled step a GPU's library calls would not count.
+        cost: Any = lowered.cost_analysis()
+        self.gflop = cost["flops"] / 1e9
 
     def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> TrainState:
         """What a run starts from; new arrays each time, since steps donate theirs.
