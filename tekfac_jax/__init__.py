@@ -17,6 +17,7 @@ from tekfac_jax._readers import (
 from tekfac_jax._reduced import Reduced, ReducedStatistics
 from tekfac_jax._sharding import opt_state_sharding
 from tekfac_jax._state import ClipByKlState, LayerState, ScaleByTekfacState
+from tekfac_jax._steps import step_diagnostics
 from tekfac_jax._transform import (
     scale_by_ekfac,
     scale_by_kfac,
@@ -63,6 +64,7 @@ __all__ = [
     "scale_by_tekfac",
     "scale_by_tkfac",
     "stats_due",
+    "step_diagnostics",
     "tap",
     "tekfac",
     "tkfac",

@@ -14,6 +14,7 @@ import pytest
 
 import tekfac_jax
 import tekfac_jax.nnx
+import tekfac_jax.plot
 from tests import snippets
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +114,7 @@ def test_reference_lists_every_public_name():
     listed = re.findall(r"^::: (\S+)$", page("api.md"), flags=re.M)
     expected = [f"tekfac_jax.{name}" for name in tekfac_jax.__all__]
     expected += [f"tekfac_jax.nnx.{name}" for name in tekfac_jax.nnx.__all__]
+    expected += [f"tekfac_jax.plot.{name}" for name in tekfac_jax.plot.__all__]
     assert sorted(listed) == sorted(expected)
 
 
@@ -132,7 +134,7 @@ _FOREIGN = {
 def test_options_that_are_named_exist():
     """``name=`` within code is an argument of something of ours, or of what stands above."""
     known = {"stats", "when", "opt_state", "key", "batch_size"}  # of what the functions return
-    for module in (tekfac_jax, tekfac_jax.nnx):
+    for module in (tekfac_jax, tekfac_jax.nnx, tekfac_jax.plot):
         for thing in (getattr(module, name) for name in module.__all__):
             known |= set(inspect.signature(thing).parameters) if callable(thing) else set()
     known |= {"grads"}.union(*_FOREIGN.values())

@@ -17,10 +17,10 @@ ROOMS = [
     "_norms", "_contract", "_reduced",
     "_decomposition", "_eigenbasis", "_devices", "_folding", "_state", "_readers", "_damping",
     "_options",
-    "_sharding", "_gather", "_capture", "_pytrees", "_check", "_fisher", "_batch", "_sources",
-    "_refresh",
+    "_sharding", "_gather", "_capture", "_pytrees", "_steps", "_check", "_fisher", "_batch",
+    "_sources", "_refresh",
     "_schedule", "_transform", "_optimizers", "train_state",
-    "__init__", "nnx",
+    "__init__", "nnx", "plot",
 ]  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""What a step did to each layer: how far it went, and how far from the gradient it turned."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tekfac_jax._layers import Layers, at_least_float32
+from tekfac_jax._pytrees import gather_matrices
+
+
+def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
+    """What one step did to each layer: a flat dict of scalar arrays, for a logger.
+
+    A pure function of what a training step has at hand, to be called inside of `jax.jit`. The
+    kernel and bias of a layer, together the matrix W of shape (*lead, in[+1], out), are compared
+    as vectors.
+
+    Args:
+        layers: from `find_layers`.
+        params: the parameters before the step.
+        grads: the gradient, in the structure of `params`. A multiple of it gives the same.
+        updates: what is added to `params`, from ``tx.update`` (any optimizer's). After
+            ``apply_gradients``: the new parameters minus the old ones.
+
+    Returns:
+        ``{path}/update_ratio``, ‖ΔW‖ / ‖W‖ (infinite where all weights are zero and the update
+        is not), and ``{path}/angle``, in degrees, between the update and the negative gradient: 0
+        is gradient descent, and below 90 the step goes downhill. NaN where the gradient or
+        the update is zero. Of stacked layers and groups the largest. Layers that are masked out
+        of one of the three trees are left out.
+
+    Raises:
+        ValueError: a layer's parameter is missing in one of the trees, or has another shape.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3, use_bias=False), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)
+        >>> loss_fn = lambda p, x: jnp.square(model.apply(p, x)).mean()
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> grads = jax.grad(loss_fn)(params, x)
+        >>> updates = jax.tree.map(lambda w: -0.01 * w, params)  # weight decay alone
+        >>> step = tekfac.step_diagnostics(layers, params, grads, updates)
+        >>> f"{step['params/update_ratio']:.4f}", bool(step["params/angle"] < 90)
+        ('0.0100', True)
+    """
+    weights = _matrices("params", params, layers)
+    gradients = _matrices("grads", grads, layers)
+    steps = _matrices("updates", updates, layers)
+    scalars = {}
+    for path in layers:
+        if path in weights and path in gradients and path in steps:
+            scalars[f"{path}/update_ratio"] = jnp.max(_ratio(steps[path], weights[path]))
+            scalars[f"{path}/angle"] = _largest_angle(steps[path], -gradients[path])
+    return scalars
+
+
+def _matrices(argument: str, tree: Any, layers: Layers) -> dict[str, jax.Array]:
+    """The matrix of each layer, in at least float32."""
+    try:
+        found = gather_matrices(tree, layers)
+    except ValueError as error:
+        raise ValueError(f"{argument!r} is read as a gradient is read: {error}") from error
+    return {path: x.astype(at_least_float32(x.dtype)) for path, x in found.items()}
+
+
+def _direction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(x / ‖x‖, ‖x‖) of each matrix; squares of very large or small entries would not fit."""
+    largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
+    scaled = x / jnp.where(largest == 0, 1, largest)
+    norm = jnp.linalg.norm(scaled, axis=(-2, -1), keepdims=True)
+    return scaled / jnp.where(norm == 0, 1, norm), (largest * norm)[..., 0, 0]
+
+
+def _ratio(step: jax.Array, weight: jax.Array) -> jax.Array:
+    """‖step‖ / ‖weight‖ of each matrix."""
+    (_, length), (_, size) = _direction(step), _direction(weight)
+    return jnp.where(length == 0, 0, length / size)
+
+
+def _largest_angle(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Degrees between two matrices, the largest of all pairs that have an angle; else NaN."""
+    (x, x_norm), (y, y_norm) = _direction(x), _direction(y)
+    # Not the arc cosine: near 0 and 180 degrees it loses half of the digits.
+    apart = jnp.linalg.norm(x - y, axis=(-2, -1))
+    along = jnp.linalg.norm(x + y, axis=(-2, -1))
+    angles = jnp.degrees(2 * jnp.arctan2(apart, along))
+    is_defined = (x_norm != 0) & (y_norm != 0)
+    largest = jnp.max(jnp.where(is_defined, angles, -1))
+    return jnp.where(largest < 0, jnp.nan, largest)
