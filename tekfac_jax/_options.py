@@ -47,6 +47,7 @@ class Options(NamedTuple):
     max_dim: int | None = None
     eigenbasis: Method = "auto"
     stagger: bool = False
+    max_failures: int | None = 5
     axis_name: Any = None
     mesh: Any = None
     mesh_axis: Any = None
@@ -89,6 +90,12 @@ def validate(layers: Any, options: Options) -> Options:
     )
     _check_count(
         "max_dim", options.max_dim, "the largest side that keeps all its eigenvectors", "no limit"
+    )
+    _check_count(
+        "max_failures",
+        options.max_failures,
+        "how many refreshes may fail one after another before a layer only scales its gradient",
+        "any number",
     )
     check_choice("eigenbasis", options.eigenbasis, get_args(Method))
     return options._replace(

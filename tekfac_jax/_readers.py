@@ -164,9 +164,10 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/phi_residual``
         and ``{path}/psi_residual`` (‖ΦQ − QΛ‖ / ‖Φ‖: how far the factor has moved away from the
         basis in force), ``{path}/failures``
-        (non-finite statistics and decompositions so far), and ``kl_clip`` (what the last step
-        was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum of
-        the traces and failures, the least of the shares, and the largest of the others.
+        (non-finite statistics and decompositions so far), ``{path}/failed_in_a_row`` (of late, of
+        the kind of refresh that fails most; see `max_failures`), and ``kl_clip`` (what the last
+        step was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum
+        of the traces and failures, the least of the shares, and the largest of the others.
 
     Raises:
         ValueError: there is no such state inside.
@@ -187,6 +188,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         params/phi_residual 0.0
         params/psi_residual 0.0
         params/failures 0
+        params/failed_in_a_row 0
         kl_clip 1.0
     """
 
@@ -212,6 +214,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             f"{path}/phi_residual": stale(layer.phi, layer.q_phi),
             f"{path}/psi_residual": stale(layer.psi, layer.q_psi),
             f"{path}/failures": jnp.sum(layer.failures),
+            f"{path}/failed_in_a_row": jnp.max(layer.failed_in_a_row),
         }
     for clip in search(opt_state, ClipByKlState):
         scalars["kl_clip"] = clip.factor
@@ -219,14 +222,15 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def check_state(opt_state: Any, layers: Layers) -> str:
-    """Says whether a (restored) state fits these layers.
+    """Says whether a (restored) state fits these layers, and whether all of them work.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours.
         layers: from `find_layers`.
 
     Returns:
-        The first difference in a sentence; the empty string if the state fits.
+        The first difference in a sentence, or the first layer that has fallen back to its scaled
+        gradient (`max_failures`); the empty string if the state fits and there is none.
 
     Raises:
         ValueError: there is no such state inside.
@@ -240,6 +244,21 @@ def check_state(opt_state: Any, layers: Layers) -> str:
         >>> tekfac.check_state(opt_state, layers)
         ''
     """
+    return _difference(opt_state, layers) or _fallen_back(opt_state)
+
+
+def _fallen_back(opt_state: Any) -> str:
+    for path, layer in _layer_states(opt_state).items():
+        if isinstance(layer.fallen_back, jax.Array) and bool(jnp.any(layer.fallen_back)):
+            return (
+                f"Layer {path!r} only scales its gradient: {int(jnp.max(layer.failed_in_a_row))} "
+                "refreshes failed one after another, since statistics or a decomposition were not "
+                "finite. It goes on as before when one succeeds."
+            )
+    return ""
+
+
+def _difference(opt_state: Any, layers: Layers) -> str:
     states = _layer_states(opt_state)
     missing, extra = sorted(set(layers) - set(states)), sorted(set(states) - set(layers))
     if missing or extra:
@@ -272,7 +291,7 @@ def _kept_share(layer: LayerState) -> jax.Array:
 
 def bases_in(opt_state: Any, layers: Layers) -> dict[str, Basis]:
     """The eigenbasis of each layer; raises if the state is not of these layers."""
-    difference = check_state(opt_state, layers)
+    difference = _difference(opt_state, layers)
     if difference:
         raise ValueError(f"opt_state does not fit the layers: {difference}")
     states = {path: unfolded(layer) for path, layer in _layer_states(opt_state).items()}

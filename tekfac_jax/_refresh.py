@@ -14,11 +14,7 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch
-from tekfac_jax._contract import (
-    FORMED_IN_ALL,
-    Factors,
-    numbers_formed_once,
-)
+from tekfac_jax._contract import FORMED_IN_ALL, Factors, numbers_formed_once
 from tekfac_jax._decomposition import Method, eigenvectors, is_updated, updated_eigenvectors
 from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, rotate, trace, transport
@@ -26,7 +22,10 @@ from tekfac_jax._layers import LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
 from tekfac_jax._sources import Captured, Formed, Source
 from tekfac_jax._stacked import by_shape, is_stacked
-from tekfac_jax._state import LayerState, debiased, for_each, unit_trace
+from tekfac_jax._state import KINDS, LayerState, debiased, for_each, unit_trace
+
+# Of what `LayerState.failed_in_a_row` counts.
+_FACTORS, _EIGENBASIS, _RESCALING = range(KINDS)
 
 
 class Member(NamedTuple):
@@ -169,7 +168,7 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
             psi=psi,
             factor_weight=weight,
             delta=delta,
-            failures=layer.failures + jnp.int32(~ok),
+            **_noted(layer, _FACTORS, ok),
         )
 
     due = _factors_due(tools, layer) & (source.examples != 0)
@@ -292,7 +291,7 @@ def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
         theta=theta,
         rest=rest,
         basis_valid=layer.basis_valid | ok,
-        failures=layer.failures + jnp.int32(~ok),
+        **_noted(layer, _EIGENBASIS, ok),
     )
 
 
@@ -363,8 +362,17 @@ def _average_theta(tools: Tools, layer: LayerState, new: _statistics.Rescaling) 
         theta=_average(ok, beta, layer.theta, new.theta),
         rest=_average(ok, beta, layer.rest, new.rest),
         theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
-        failures=layer.failures + jnp.int32(~ok),
+        **_noted(layer, _RESCALING, ok),
     )
+
+
+def _noted(layer: LayerState, kind: int, ok: jax.Array) -> dict[str, jax.Array]:
+    """The fields that count failures, after a refresh of one kind."""
+    in_a_row = layer.failed_in_a_row
+    return {
+        "failures": layer.failures + jnp.int32(~ok),
+        "failed_in_a_row": in_a_row.at[..., kind].set(jnp.where(ok, 0, in_a_row[..., kind] + 1)),
+    }
 
 
 def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:

@@ -35,6 +35,8 @@ class LayerState(NamedTuple):
     theta_weight: jax.Array  # () weight of these two
     damping: jax.Array  # () λ of the last step
     failures: jax.Array  # () how often statistics or a decomposition were not finite
+    failed_in_a_row: jax.Array  # (3,) the same of late: factors, eigenbasis, Θ
+    fallen_back: jax.Array  # () whether the last step scaled the gradient instead
 
 
 class ScaleByTekfacState(NamedTuple):
@@ -61,6 +63,7 @@ def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
 
 
 BasisRank = int | float | Literal["auto"] | None
+KINDS = 3  # of refreshes: factors, eigenbasis, Θ
 WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
 
 # The square matrices of a layer, the bulk of its state; they may be folded (`_folding`).
@@ -134,17 +137,22 @@ def initial_state(
         shapes: dict[str, tuple[int, ...]] = dict(
             phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, r), q_psi=(o, p),
             basis_valid=(), theta=(r, p), rest=(), theta_weight=(), damping=(), failures=(),
+            failed_in_a_row=(KINDS,), fallen_back=(),
         )  # fmt: skip
         if not spec.has_input_basis:
             shapes["phi"] = (i,)
+        dtypes = dict(
+            basis_valid=bool, failures=jnp.int32, failed_in_a_row=jnp.int32, fallen_back=bool
+        )
         state = LayerState(
-            **{name: jnp.zeros((*lead, *shape), dtype) for name, shape in shapes.items()}
+            **{
+                name: jnp.zeros((*lead, *shape), dtypes.get(name, dtype))
+                for name, shape in shapes.items()
+            }
         )
         if not spec.has_input_basis:
             state = state._replace(q_phi=None)
-        return as_kept(
-            state._replace(basis_valid=jnp.zeros(lead, bool), failures=jnp.zeros(lead, jnp.int32))
-        )
+        return as_kept(state)
 
     return ScaleByTekfacState(
         count=jnp.zeros((), jnp.int32),

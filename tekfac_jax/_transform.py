@@ -129,12 +129,15 @@ def _algorithm(
         }  # fmt: skip
         with jax.named_scope("tekfac precondition"):
             natural = by_shape(precondition, operands)
+        fallen_back = {path: _has_fallen_back(layer, options) for path, layer in new.items()}
         directions = {
-            path: jnp.where(for_each(valid[path], g), natural[path].astype(g.dtype), g)
+            path: _direction(g, natural[path], operands[path], valid[path], fallen_back[path])
             for path, g in gradients.items()
         }
         new = {
-            path: keep_folded(layer, kept[path])._replace(damping=damping[path])
+            path: keep_folded(layer, kept[path])._replace(
+                damping=damping[path], fallen_back=fallen_back[path]
+            )
             for path, layer in new.items()
         }
 
@@ -190,6 +193,23 @@ def _refresh_curvature(
     return new
 
 
+def _has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
+    if options.max_failures is None:
+        return jnp.zeros_like(layer.fallen_back)
+    return jnp.max(layer.failed_in_a_row, axis=-1) >= options.max_failures
+
+
+def _direction(
+    g: jax.Array, natural: jax.Array, operands: Any, valid: jax.Array, fallen_back: jax.Array
+) -> jax.Array:
+    """The natural gradient; as long as there is no curvature to rely on, the scaled one, or G."""
+    *_, theta, rest, damping = operands
+    mean = (jnp.sum(theta, axis=(-2, -1)) + rest) / (g.shape[-2] * g.shape[-1])
+    scaled = g.astype(theta.dtype) / for_each(mean + damping, g)
+    best = jnp.where(for_each(fallen_back, g), scaled, natural)
+    return jnp.where(for_each(valid, g), best.astype(g.dtype), g)
+
+
 def _next_due(
     count: jax.Array, layers: dict[str, LayerState], options: Options, offset: Mapping[str, int]
 ) -> jax.Array:
@@ -222,6 +242,7 @@ def scale_by_tekfac(
     max_dim: int | None = None,
     eigenbasis: Method = "auto",
     stagger: bool = False,
+    max_failures: int | None = 5,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     mesh_axis: Any = None,
@@ -276,6 +297,10 @@ def scale_by_tekfac(
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
+        max_failures: a layer whose statistics or decompositions are not finite keeps its last good
+            curvature; after so many failures of one kind in a row it scales its gradient by
+            1 / (mean eigenvalue + λ) instead, until a refresh of that kind succeeds
+            (`check_state` says so). None: never.
         axis_name: name of the `pmap` or `shard_map` axis over which the batch is split, or a tuple
             of names. Sums are added up over it and eigendecompositions shared out
             (`device_plan`).
@@ -314,8 +339,8 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, factors, rescaling, rescaling_examples,
-        basis_rank, max_dim, eigenbasis, stagger, axis_name, mesh, mesh_axis, shard_state,
-        factor_dtype,
+        basis_rank, max_dim, eigenbasis, stagger, max_failures, axis_name, mesh, mesh_axis,
+        shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
 

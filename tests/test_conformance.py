@@ -487,13 +487,13 @@ def test_diagnostics(name):
     state = reference(name)[1]
     scalars = {key: np.asarray(value) for key, value in tekfac.diagnostics(state).items()}
     kinds = ("trace", "kept", "damping", "phi_spread", "psi_spread", "phi_residual",
-             "psi_residual", "failures")  # fmt: skip
+             "psi_residual", "failures", "failed_in_a_row")  # fmt: skip
     expected = {f"{path}/{kind}" for path in case().layers for kind in kinds}
     assert set(scalars) == expected | ({"kl_clip"} if name in READY else set())
     for key, value in scalars.items():
         assert value.shape == ()
         assert np.isfinite(value), key
-        assert value > 0 or key.endswith(("failures", "residual"))
+        assert value > 0 or key.endswith(("failures", "in_a_row", "residual"))
     fresh = tekfac.diagnostics(make(name).init(case().params))
     assert set(fresh) == set(scalars)
     assert all(np.isfinite(value) for value in fresh.values())
