@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     run = record(task, epochs=options.epochs, learning_rate=options.learning_rate)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure = plot.health(run.records, run.curvature, quantities=_QUANTITIES)
-    figure.savefig(options.out, dpi=90)
+    figure.savefig(options.out, dpi=90, pil_kwargs={"optimize": True})
     losses = [record["loss"] for record in run.records]
     print(f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}: {options.out}")
 

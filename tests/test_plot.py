@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,9 @@ import pytest
 import tekfac_jax as tekfac
 from benchmarks import healthy
 from tekfac_jax import plot
+from tests import snippets
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def held(theta, rest=0.0):
@@ -161,3 +165,16 @@ def test_healthy_run_refuses(option, capsys):
         healthy.main([option])
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def test_the_page_runs_and_its_picture_is_small(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = snippets.run((DOCS / "diagnostics.md").read_text(), "diagnostics.md")
+    assert (tmp_path / "run.png").exists()
+    records = namespace["records"]
+    assert records[-1]["loss"] < records[0]["loss"] / 2
+    assert {"Dense_0/angle", "Dense_0/update_ratio", "Dense_0/damping"} <= set(records[0])
+    assert (DOCS / "healthy.png").stat().st_size < 150_000

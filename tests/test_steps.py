@@ -112,7 +112,8 @@ def test_stacked_layers_show_the_largest():
 
     layers = tekfac.find_layers(loss, params, X)
     (path,) = layers
-    grads, updates = jax.grad(loss)(params, X), random_like(params, 3)
+    grads = jax.grad(loss)(params, X)
+    updates = jax.tree.map(lambda g, r: 0.3 * r - g, grads, random_like(params, 3))
     # A member that does not move has no angle, and hides none.
     updates = jax.tree.map(lambda x: x.at[1].set(0), updates)
     found = tekfac.step_diagnostics(layers, params, grads, updates)
@@ -121,6 +122,7 @@ def test_stacked_layers_show_the_largest():
         for i in (0, 2)
     ]
     angle = max(degrees(step, -grad) for step, _, grad in members)
+    assert angle < 90  # which is what vectors of zeros would seem to have
     ratio = max(np.linalg.norm(step) / np.linalg.norm(weight) for step, weight, _ in members)
     np.testing.assert_allclose(found[f"{path}/angle"], angle, rtol=1e-5)
     np.testing.assert_allclose(found[f"{path}/update_ratio"], ratio, rtol=1e-5)
