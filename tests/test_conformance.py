@@ -456,14 +456,15 @@ def test_shape_comments_are_true():
         dims = {"i": spec.in_dim, "o": spec.out_dim}
         for node in (state.layers[path], state):
             comments = re.findall(
-                r"^    (\w+): (?:jax\.Array|Any)  #.*?\(([io, ]*)\)",
+                r"^    (\w+): (?:jax\.Array|Any)  #.*?\(([io\d, ]*)\)",
                 inspect.getsource(type(node)),
                 re.M,
             )
             arrays = [f for f, t in type(node).__annotations__.items() if t in (jax.Array, Any)]
             assert [field for field, _ in comments] == arrays
             for field, comment in comments:
-                shape = tuple(dims[d.strip()] for d in comment.split(",") if d.strip())
+                names = [d.strip() for d in comment.split(",") if d.strip()]
+                shape = tuple(int(d) if d.isdigit() else dims[d] for d in names)
                 assert getattr(node, field).shape == shape, field
 
 

@@ -46,7 +46,8 @@ EXPERIMENT = Experiment(
         _entry("momentum first", "tekfac-momentum-first"),
         _entry("32 examples", rescaling_examples=32),
     ),
-    epochs=6,
-    rungs=(Rung(2, 1),),
+    epochs=4,
+    seeds=(0, 1),
+    rungs=(Rung(1, 1),),
     view="ablation",
 )

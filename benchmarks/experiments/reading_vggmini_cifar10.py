@@ -14,7 +14,7 @@ EXPERIMENT = Experiment(
     title="VGG-mini on 10,000 images of CIFAR-10, every optimizer tuned",
     task=TaskSpec("cifar10", "vgg-mini", subset=10_000, width=8),
     entries=tuned_entries(7),
-    epochs=10,
-    rungs=(Rung(1, 3), Rung(3, 1)),
+    epochs=6,
+    rungs=(Rung(1, 2), Rung(2, 1)),
     targets=Targets(train_loss=1.2, test_accuracy=0.55),
 )
