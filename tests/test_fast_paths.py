@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
-from tekfac_jax import _chunks, _contract, _statistics
+from tekfac_jax import _chunks, _contract, _refresh, _sources, _statistics
 from tekfac_jax._orders import FactorOrder, RescalingOrder, factor_order, rescaling_order
 from tests.capturing import Net, losses_of, random_params, relative_error, x64
 from tests.oracles import make_case, per_example_matrices, relative
@@ -240,6 +240,55 @@ def test_nothing_is_formed_off_a_refresh(monkeypatch):
         formed = Formed(patch, allowed=True)
         formed.steps(5)
         assert len(formed.formed) == first
+
+
+def steps_on_devices(patch, budget, number=2):
+    """Steps on four devices, and which layers' gradients were formed for factors and Θ."""
+    formed, real = set(), _refresh._formed_once
+
+    def spy(*arguments):
+        sources = real(*arguments)
+        formed.update(path for path, s in sources.items() if isinstance(s, _sources.Formed))
+        return sources
+
+    patch.setattr(_refresh, "FORMED_IN_ALL", budget)
+    patch.setattr(_refresh, "_formed_once", spy)
+    model, x = Net(grouped), jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 6, 5, 2)))
+    params = random_params(model, x[0])
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    layers = tekfac.find_layers(loss, params, x[0])
+    tx = tekfac.scale_by_tekfac(
+        layers, damping=0.1, axis_name="data", factor_interval=1, rescaling_interval=1
+    )
+
+    def step(state, x):
+        _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+        return tx.update(jax.lax.pmean(grads, "data"), state, params, stats=stats)
+
+    run = jax.pmap(step, axis_name="data")
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), tx.init(params))
+    for k in range(number):
+        updates, state = run(state, (1 + 0.1 * k) * x)
+    return formed, updates
+
+
+@needs_devices
+@x64
+@pytest.mark.timeout(240)
+def test_devices_form_gradients_once_and_within_a_budget():
+    found = {}
+    for budget in (0, 1000, 2**27):  # numbers; of the three layers with positions some fit
+        with pytest.MonkeyPatch.context() as patch:
+            found[budget] = steps_on_devices(patch, budget)
+    formed = {budget: formed for budget, (formed, _) in found.items()}
+    assert formed[0] == set()
+    assert formed[0] < formed[1000] < formed[2**27]
+    assert len(formed[2**27]) == 3
+    for one, other in zip(*(jax.tree.leaves(found[k][1]) for k in (0, 2**27)), strict=True):
+        assert relative_error(one, other) <= 1e-9  # behind a solve
 
 
 @x64
