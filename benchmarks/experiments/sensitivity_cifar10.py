@@ -5,12 +5,11 @@ The paper's Figure 4 (a) and Table 4 and 5 in small: a narrow ResNet8 and 10,000
 ``python -m benchmarks.paper sensitivity_cifar10 --data DIR``
 """
 
-import itertools
-
 from benchmarks.experiment import Entry, Experiment, TaskSpec
 from benchmarks.experiments._grids import half_decades
 
 RATES = half_decades(1e-3, 7)
+SETTINGS = ((50, 1e-2), (50, 1e-4), (50, 1.0), (10, 1e-2))  # T, ϑ
 
 
 def _tekfac(interval: int, floor: float, rate: float) -> Entry:
@@ -30,7 +29,7 @@ EXPERIMENT = Experiment(
     task=TaskSpec("cifar10", "resnet8", subset=10_000, width=8),
     entries=(
         *(Entry(f"Adam rate={rate:g}", "adam", {}, {"learning_rate": rate}) for rate in RATES),
-        *itertools.starmap(_tekfac, itertools.product((50, 10), (1e-2, 1e-4, 1.0), RATES)),
+        *(_tekfac(*settings, rate) for settings in SETTINGS for rate in RATES),
     ),
     epochs=3,
     seeds=(0,),
