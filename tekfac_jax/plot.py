@@ -40,6 +40,7 @@ class _Quantity(NamedTuple):
 
     label: str
     is_log: bool = False
+    is_count: bool = False
 
 
 _KNOWN = {
@@ -48,7 +49,8 @@ _KNOWN = {
     "update_ratio": _Quantity("update / weight", is_log=True),
     "angle": _Quantity("angle of update to −gradient (degrees)"),
     "kl_clip": _Quantity("step multiplied by (KL clip)"),
-    "failures": _Quantity("failures so far"),
+    "failures": _Quantity("failures so far", is_count=True),
+    "failed_in_a_row": _Quantity("failures in a row", is_count=True),
     "kept": _Quantity("share of the trace kept"),
     "phi_residual": _Quantity("age of the basis, Φ: ‖ΦQ − QΛ‖ / ‖Φ‖", is_log=True),
     "psi_residual": _Quantity("age of the basis, Ψ: ‖ΨQ − QΛ‖ / ‖Ψ‖", is_log=True),
@@ -283,7 +285,7 @@ def _draw_lines(
         axes.plot(x[line.records], values, color=colors[line.path], marker=marker, linewidth=1)
     if style.is_log and any_positive:  # Matplotlib warns of a logarithmic axis without a value
         axes.set_yscale("log")
-    if name == "failures":
+    if style.is_count:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         top = max(1, axes.get_ylim()[1])
         axes.set_ylim(-0.05 * top, top)  # a line at zero stays visible
