@@ -176,10 +176,13 @@ def _run(options: argparse.Namespace) -> None:
     for line in (sentences := summary(points)):
         print(line)
     draw(options.out / "approximation.png", points, title)
+    # Where files lie on this machine says nothing about the study.
+    asked = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     record = {
-        "settings": {**vars(options), "data": options.data and str(options.data),
-                     "out": str(options.out), "parameters": task.num_parameters,
-                     "tekfac_jax": tekfac.__version__, **machine()},
+        "settings": {
+            **asked, "parameters": task.num_parameters, "tekfac_jax": tekfac.__version__,
+            **machine(),
+        },
         "summary": sentences,
         "points": [point._asdict() for point in points],
     }  # fmt: skip
