@@ -220,7 +220,10 @@ def show(console: Console, points: list[Point]) -> None:
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for i, name in enumerate(header):
-            table.add_column(name.replace(" ", "\n"), justify="right" if i else "left")
+            # Folded, where the terminal is narrow: cut, two layers would have the same name.
+            table.add_column(
+                name.replace(" ", "\n"), justify="right" if i else "left", overflow="fold"
+            )
         for i, row in enumerate(rows):
             table.add_row(*row, end_section=(i + 1) % len(points) == 0)
         console.print(table)

@@ -1,6 +1,7 @@
 """The approximation study: its algebra against dense matrices, its errors against brute force."""
 
 import json
+from io import StringIO
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from benchmarks import approximation
 from benchmarks.errors import UsageError
@@ -254,6 +256,16 @@ def test_command_writes_what_it_prints(tmp_path, capsys):
         assert line in printed
     with Image.open(tmp_path / "approximation.png") as image:
         assert image.width > 500
+
+
+def test_a_narrow_terminal_cuts_nothing():
+    console = Console(
+        force_terminal=True, width=80, color_system=None, record=True, file=StringIO()
+    )
+    approximation.show(console, [a_point(**{"TEKFAC low rank": None, "KFAC": 0.6251})])
+    text = console.export_text()
+    assert "…" not in text
+    assert "0.625" in text
 
 
 def test_command_ends_where_the_theorem_fails(monkeypatch, tmp_path, capsys):
