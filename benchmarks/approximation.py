@@ -6,7 +6,8 @@ empirical Fisher over some training examples, from gradients of single examples 
 what the library itself makes of the same examples. The network is in evaluation mode, so that each
 example has a loss of its own with BatchNorm too. Beside them stands the nearest Kronecker product,
 a floor for KFAC and TKFAC, which are such products; EKFAC and TEKFAC are not, and may lie below it.
-Theorem 3.1, TEKFAC ≤ TKFAC and EKFAC ≤ KFAC, is checked everywhere.
+Theorem 3.1, TEKFAC ≤ TKFAC and EKFAC ≤ KFAC, is checked everywhere. Embeddings, stacked layers and
+convolutions in groups are left out.
 """
 
 import argparse
