@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,8 @@ from tests.oracles import make_case, one_update, relative
 from tests.test_sharing import Network, assert_same, mesh_of, needs_devices
 
 TRUE = jnp.array(True)
-dims = st.integers(3, 24)
+dims = st.sampled_from([3, 7, 12, 24])  # few shapes: each is a compilation
+update = jax.jit(updated_eigenvectors)
 
 
 def factor(values, seed):
@@ -43,7 +45,7 @@ def turned(q, angle, seed):
     """The basis after a random rotation by about so many radians."""
     noise = np.random.default_rng(seed).normal(size=(len(q), len(q)))
     skew = angle * (noise - noise.T) / np.sqrt(2 * len(q))
-    return jax.scipy.linalg.expm(jnp.asarray(skew)) @ q
+    return jnp.asarray(scipy.linalg.expm(skew) @ np.asarray(q))
 
 
 def count_calls(monkeypatch, name):
@@ -60,16 +62,21 @@ def count_calls(monkeypatch, name):
 
 @x64
 @settings(deadline=None, max_examples=40)
-@given(d=dims, share=st.floats(0.1, 1), angle=st.floats(0, 2), seed=st.integers(0, 99))
+@given(
+    d=dims,
+    share=st.sampled_from([0.1, 0.3, 0.6, 1.0]),
+    angle=st.floats(0, 2),
+    seed=st.integers(0, 99),
+)
 def test_an_update_is_a_basis_within_the_tolerance(d, share, angle, seed):
     """Whatever came before: columns orthonormal, values ascending, mass nearly `eigh`'s."""
     r = max(1, round(share * d))
     phi, q = decaying(d, seed)
     old = turned(q, angle, seed)[:, d - r :]
-    new = updated_eigenvectors(phi, old, TRUE)
+    new = update(phi, old, TRUE)
     assert relative(new.T @ new, np.eye(r)) <= 1e-10
     assert float(residual(phi, new)) <= TOLERANCE + 1e-12
-    kept, best = jnp.trace(new.T @ phi @ new), jnp.trace(q[:, d - r :].T @ phi @ q[:, d - r :])
+    kept, best = (np.trace(np.asarray(b).T @ phi @ b) for b in (new, q[:, d - r :]))
     assert float(best) >= float(kept) - 1e-12
     # Each of the r directions may be off by as much as the residual says.
     assert float(kept) >= float(best) - r * TOLERANCE * float(jnp.linalg.norm(phi))
@@ -117,7 +124,7 @@ def test_where_passes_do_not_suffice_it_is_eigh(r, valid, monkeypatch):
 
 @x64
 @settings(deadline=None, max_examples=20)
-@given(d=st.integers(6, 24), seed=st.integers(0, 99))
+@given(d=st.sampled_from([6, 13, 24]), seed=st.integers(0, 99))
 def test_a_large_eigenvalue_that_grows_outside_is_found(d, seed):
     """Orthogonal to all that is kept, where the residual of the old basis is zero."""
     r = d // 3
@@ -125,7 +132,7 @@ def test_a_large_eigenvalue_that_grows_outside_is_found(d, seed):
     old, other = q[:, d - r :], q[:, 0]
     grown = phi + 5 * jnp.outer(other, other)
     assert float(residual(grown, old)) < 1e-10
-    new = updated_eigenvectors(grown, old, TRUE)
+    new = update(grown, old, TRUE)
     assert float(jnp.linalg.norm(new.T @ other)) > 0.999
 
 

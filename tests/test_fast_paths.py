@@ -47,7 +47,8 @@ def test_factors_in_every_order(order, lead, n, t, i, o, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_statistics, "factor_order", lambda *_: FactorOrder(*order))
         patch.setattr(_statistics, "_BLOCK", 3)  # so that large ones are put together from blocks
-        found = _statistics.exact_factors(a, u)
+        # Compiled as a whole, and anew: the order is another one.
+        found = jax.jit(lambda a, u: _statistics.exact_factors(a, u))(a, u)
     assert relative(found.phi, phi) <= EXACT
     assert relative(found.psi, psi) <= EXACT
 
@@ -63,7 +64,7 @@ def test_rescaling_in_every_order(order, lead, n, t, i, o, r, p, seed):
     g = np.einsum("...ir,...nio,...op->...nrp", q_phi, by_einsum(a, u)[0], q_psi)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_statistics, "rescaling_order", lambda *_: RescalingOrder(*order))
-        found = _statistics.rescaling(a, u, q_phi, q_psi)
+        found = jax.jit(lambda *arrays: _statistics.rescaling(*arrays))(a, u, q_phi, q_psi)
     assert relative(found, (g**2).sum(axis=-3)) <= EXACT
 
 
@@ -76,7 +77,7 @@ def test_squared_gradients_in_every_way(way, lead, n, t, i, o, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_statistics, "_FEW", 100 if way == "pairs of positions" else 0)
         patch.setattr(_statistics, "on_cpu", lambda: way == "example by example")
-        found = _statistics._squared_gradients(a, u)
+        found = jax.jit(lambda a, u: _statistics._squared_gradients(a, u))(a, u)
     assert relative(found, (by_einsum(a, u)[0] ** 2).sum(axis=-3)) <= EXACT
     assert float(found.min()) >= 0
 
@@ -133,7 +134,9 @@ def test_late_layers_never_form_the_gradient():
 @given(n=st.integers(1, 20), size=st.integers(1, 20), axis=st.integers(0, 1))
 def test_a_sum_in_chunks(n, size, axis):
     x = jnp.moveaxis(jnp.asarray(np.random.default_rng(n).normal(size=(n, 3))), 0, axis)
-    found = _chunks.sum_in_chunks(lambda x: jnp.sum(x**2, axis=axis), x, axis, size)
+    found = jax.jit(
+        lambda x: _chunks.sum_in_chunks(lambda x: jnp.sum(x**2, axis=axis), x, axis, size)
+    )(x)
     assert relative(found, np.sum(np.asarray(x) ** 2, axis=axis)) <= EXACT
 
 

@@ -57,7 +57,7 @@ def dense(q_phi, q_psi, theta, perp):
 def test_update_is_the_dense_solve(i, o, r, p, seed):
     operator = Operator(i, o, r, p, seed)
     damping = jnp.float64(0.1)
-    actual = precondition(operator.g, *operator.q, operator.theta, operator.rest, damping)
+    actual = jax.jit(precondition)(operator.g, *operator.q, operator.theta, operator.rest, damping)
     damped = operator.dense() + 0.1 * np.eye(i * o)
     expected = np.linalg.solve(damped, np.ravel(operator.g)).reshape(i, o)
     assert relative(actual, expected) <= EXACT
@@ -68,7 +68,7 @@ def test_update_is_the_dense_solve(i, o, r, p, seed):
 @given(i=sizes, o=sizes, r=sizes, p=sizes, seed=st.integers(0, 99))
 def test_transport_is_the_diagonal_of_the_dense_operator(i, o, r, p, seed):
     old, new = Operator(i, o, r, p, seed), Operator(i, o, r, p, seed + 1000)
-    theta, rest = transport(old.theta, old.rest, old.q, new.q)
+    theta, rest = jax.jit(transport)(old.theta, old.rest, old.q, new.q)
     q = np.kron(*new.q)
     assert relative(np.ravel(theta), np.diag(q.T @ old.dense() @ q)) <= EXACT
     assert float(theta.sum() + rest) == pytest.approx(np.trace(old.dense()), rel=EXACT)
@@ -83,7 +83,7 @@ def test_squared_norms_by_either_way(n, t, i, o, seed):
     rng = np.random.default_rng(seed)
     a, u = rng.normal(size=(n, t, i)), rng.normal(size=(n, t, o))
     g = np.einsum("nti,nto->nio", a, u)
-    assert relative(squared_norms(jnp.asarray(a), jnp.asarray(u)), (g**2).sum()) <= EXACT
+    assert relative(jax.jit(squared_norms)(a, u), (g**2).sum()) <= EXACT
 
 
 @x64
@@ -92,7 +92,7 @@ def test_squared_norms_by_either_way(n, t, i, o, seed):
 def test_either_side_may_be_rotated_first(i, o, r, p, seed):
     operator = Operator(i, o, r, p, seed)
     expected = np.asarray(operator.q[0]).T @ np.asarray(operator.g) @ np.asarray(operator.q[1])
-    assert relative(rotate(operator.g, *operator.q), expected) <= EXACT
+    assert relative(jax.jit(rotate)(operator.g, *operator.q), expected) <= EXACT
 
 
 # --- curvature of networks -------------------------------------------------------------------
