@@ -25,6 +25,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_MAX_FAILURES = (
+    "how many refreshes may fail one after another before a layer only scales its gradient"
+)
 _INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
 
 
@@ -47,7 +50,7 @@ class Options(NamedTuple):
     max_dim: int | None = None
     eigenbasis: Method = "auto"
     stagger: bool = False
-    max_failures: int | None = 5
+    max_failures: Number | None = 5
     axis_name: Any = None
     mesh: Any = None
     mesh_axis: Any = None
@@ -82,6 +85,9 @@ def validate(layers: Any, options: Options) -> Options:
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
+    max_failures = _as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
+    if not isinstance(max_failures, Tracer):
+        _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
     _check_count(
         "rescaling_examples",
         options.rescaling_examples,
@@ -90,12 +96,6 @@ def validate(layers: Any, options: Options) -> Options:
     )
     _check_count(
         "max_dim", options.max_dim, "the largest side that keeps all its eigenvectors", "no limit"
-    )
-    _check_count(
-        "max_failures",
-        options.max_failures,
-        "how many refreshes may fail one after another before a layer only scales its gradient",
-        "any number",
     )
     check_choice("eigenbasis", options.eigenbasis, get_args(Method))
     return options._replace(

@@ -242,7 +242,7 @@ def scale_by_tekfac(
     max_dim: int | None = None,
     eigenbasis: Method = "auto",
     stagger: bool = False,
-    max_failures: int | None = 5,
+    max_failures: Number | None = 5,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     mesh_axis: Any = None,
