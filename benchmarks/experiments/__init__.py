@@ -5,6 +5,8 @@ ORDER = (
     "reading_resnet8_cifar10",
     "reading_vggmini_cifar10",
     "ablation_cifar10",
+    "defaults_digits",
+    "defaults_vggmini_cifar10",
     "sensitivity_cifar10",
     "table3_cifar10_resnet20",
     "table3_cifar100_resnet20",

@@ -60,3 +60,26 @@ def tuned_entries(number: int) -> tuple[Entry, ...]:
         Entry("Muon", "muon", family),
         Entry("SOAP", "soap", adaptive),
     )
+
+
+def intervals(interval: int) -> dict[str, int]:
+    """All three refreshes at the same interval."""
+    names = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
+    return dict.fromkeys(names, interval)
+
+
+def default_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
+    """TEKFAC by the paper's rule for λ, a part of it, shorter intervals, and both."""
+
+    def entry(label: str, scale: float, interval: int) -> Entry:
+        fixed = {"damping_scale": scale, **intervals(interval)}
+        return Entry(label, "tekfac", {"learning_rate": rates}, fixed)
+
+    return (
+        entry("scale 1, T = 50", 1.0, 50),
+        entry("scale 0.3, T = 50", 0.3, 50),
+        entry("scale 0.1, T = 50", 0.1, 50),
+        entry("scale 0.03, T = 50", 0.03, 50),
+        entry("scale 1, T = 10", 1.0, 10),
+        entry("scale 0.1, T = 10", 0.1, 10),
+    )

@@ -11,16 +11,12 @@ hour.
 from typing import Any
 
 from benchmarks.experiment import Entry, Experiment, TaskSpec
+from benchmarks.experiments._grids import intervals
 from benchmarks.halving import Rung
 
 
 def _entry(label: str, optimizer: str = "tekfac", **changed: Any) -> Entry:
     return Entry(label, optimizer, {"learning_rate": (0.03, 0.1, 0.3)}, changed)
-
-
-def _intervals(interval: int) -> Entry:
-    names = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
-    return _entry(f"intervals {interval}", **dict[str, Any].fromkeys(names, interval))
 
 
 EXPERIMENT = Experiment(
@@ -35,8 +31,9 @@ EXPERIMENT = Experiment(
         _entry("no KL clip", kl_clip=None),
         _entry("damping scale 0.3", damping_scale=0.3),
         _entry("damping scale 0.1", damping_scale=0.1),
-        _intervals(10),
-        _intervals(1),
+        _entry("intervals 10", **intervals(10)),
+        _entry("intervals 1", **intervals(1)),
+        _entry("intervals 10, damping scale 0.1", damping_scale=0.1, **intervals(10)),
         _entry("rescaling interval 200", rescaling_interval=200),
         _entry("basis rank auto", basis_rank="auto"),
         _entry("no momentum", momentum=0.0),
