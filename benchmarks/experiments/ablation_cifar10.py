@@ -33,7 +33,7 @@ EXPERIMENT = Experiment(
         _entry("damping scale 0.1", damping_scale=0.1),
         _entry("intervals 10", **intervals(10)),
         _entry("intervals 1", **intervals(1)),
-        _entry("intervals 10, damping scale 0.1", damping_scale=0.1, **intervals(10)),
+        _entry("intervals 10 and damping scale 0.1", damping_scale=0.1, **intervals(10)),
         _entry("rescaling interval 200", rescaling_interval=200),
         _entry("basis rank auto", basis_rank="auto"),
         _entry("no momentum", momentum=0.0),
