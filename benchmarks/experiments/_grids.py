@@ -62,7 +62,7 @@ def tuned_entries(number: int) -> tuple[Entry, ...]:
     )
 
 
-def intervals(interval: int) -> dict[str, int]:
+def intervals(interval: int) -> dict[str, Any]:
     """All three refreshes at the same interval."""
     names = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
     return dict.fromkeys(names, interval)
