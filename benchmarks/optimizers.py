@@ -80,6 +80,7 @@ class Curvature(NamedTuple):
     stagger: bool = False
     basis_rank: Any = None
     rescaling_examples: int | None = None
+    damping_scale: float | None = None
 
 
 def library_interval(name: str) -> int:

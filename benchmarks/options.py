@@ -100,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
             f"are short; else the library's {library_interval(f'{name}_interval')})")  # fmt: skip
     add("--damping", type=_damping,
         help=f"auto, trace or a number ({_default('damping')})")  # fmt: skip
+    add("--damping-scale", type=_positive_number, metavar="FACTOR",
+        help="multiplies the damping (default: the library's)")  # fmt: skip
     add("--basis-rank", type=basis_rank, metavar="RANK",
         help="eigenvectors kept of each side: auto, a number, a share (default: all)")  # fmt: skip
     add("--out", type=Path, default=Path("out"), metavar="DIR",
@@ -139,6 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options.curvature = Curvature(
         **intervals,
         damping=vars(options).pop("damping"),
+        damping_scale=vars(options).pop("damping_scale"),
         basis_rank=vars(options).pop("basis_rank"),
     )
     return options
@@ -198,6 +201,13 @@ def _damping(text: str) -> str | float:
     value = _positive(text)
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"must be auto, trace or a positive number, got {text!r}")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = _positive(text)
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text!r}")
     return value
 
 

@@ -52,9 +52,9 @@ def layer_dampings(
         fc_damping: ``"beta"``: a Dense layer with one position in a network with conv layers
             takes the largest λ of these, so that it keeps pace with them; ``"own"``: its own.
     """
-    convs = [path for path, spec in layers.items() if spec.kind == "conv"]
-    if isinstance(damping, str) and damping == "auto":
-        damping = "trace" if convs else FIXED_DAMPING
+    convs = _convolutions(layers)
+    if isinstance(damping, str):
+        damping = "trace" if follows_trace(layers, damping) else FIXED_DAMPING
 
     def own(path: str) -> jax.Array:
         dtype = theta[path].dtype
@@ -73,6 +73,17 @@ def layer_dampings(
                 own_dtype = dampings[path].dtype
                 dampings[path] = jnp.where(beta > 0, beta.astype(own_dtype), dampings[path])
     return dampings
+
+
+def follows_trace(layers: Layers, damping: Damping) -> bool:
+    """Whether λ is by Eq. 3.5: where it is asked for, and with ``"auto"`` beside convolutions."""
+    if not isinstance(damping, str):
+        return False
+    return damping == "trace" or bool(_convolutions(layers))
+
+
+def _convolutions(layers: Layers) -> list[str]:
+    return [path for path, spec in layers.items() if spec.kind == "conv"]
 
 
 def _is_fully_connected(spec: LayerSpec) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tekfac_jax._damping import kl_factor
+from tekfac_jax._damping import follows_trace, kl_factor
 from tekfac_jax._layers import Layers
 from tekfac_jax._options import also_arguments_of, check_number, same_arguments_as
 from tekfac_jax._pytrees import captured_mask, layer_path
@@ -22,6 +22,9 @@ from tekfac_jax._transform import (
 )
 
 LearningRate = optax.ScalarOrSchedule
+
+# What is left of Eq. 3.5 where nothing else is said: docs/results.md has the readings.
+_SCALE_OF_TRACE = 0.3
 
 
 def clip_by_kl(
@@ -112,6 +115,7 @@ def tekfac(
     weight_decay: Any = 0.0,
     kl_clip: Any = 1e-3,
     fallback: optax.GradientTransformation | None = None,
+    damping_scale: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The TEKFAC optimizer, ready to use. `tkfac`, `ekfac` and `kfac` are its siblings.
@@ -127,7 +131,9 @@ def tekfac(
         kl_clip: κ of `clip_by_kl`; None: no clip.
         fallback: transformation for every parameter that is not captured; it applies its own
             learning rate. None: Adam with the same learning rate or schedule.
-        **options: arguments of `scale_by_tekfac`.
+        damping_scale: multiplies each λ, positive. None: 0.3 where λ follows the trace (Eq. 3.5
+            itself, 1, trained slower in `docs/results.md`), 1 where it is fixed.
+        **options: other arguments of `scale_by_tekfac`.
 
     Returns:
         `optax.GradientTransformationExtraArgs`; `update` takes ``stats=``.
@@ -158,6 +164,7 @@ def tekfac(
         weight_decay=weight_decay,
         kl_clip=kl_clip,
         fallback=fallback,
+        damping_scale=damping_scale,
         **options,
     )
 
@@ -189,6 +196,7 @@ def _ready(
     weight_decay: Any = 0.0,
     kl_clip: Any = 1e-3,
     fallback: optax.GradientTransformation | None = None,
+    damping_scale: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     if not callable(learning_rate):
@@ -196,7 +204,11 @@ def _ready(
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
-    direction = scale_by(layers, **options)
+    if damping_scale is None:
+        rule = options.get("damping", "auto")
+        by_trace = isinstance(layers, Layers) and follows_trace(layers, rule)
+        damping_scale = _SCALE_OF_TRACE if by_trace else 1.0
+    direction = scale_by(layers, damping_scale=damping_scale, **options)
     if kl_clip is not None:
         check_number("kl_clip", kl_clip, 0, math.inf, "None turns the clip off", open_low=True)
         direction = clip_by_kl(direction, learning_rate, kl_clip)

@@ -235,7 +235,8 @@ def also_arguments_of(template: Callable[..., Any]) -> Callable[[Callable[P, R]]
         own = inspect.signature(function).parameters.values()
         more = inspect.signature(template).parameters.values()
         parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
-        parameters += [p for p in more if p.kind is p.KEYWORD_ONLY]
+        known = {p.name for p in parameters}
+        parameters += [p for p in more if p.kind is p.KEYWORD_ONLY and p.name not in known]
         signature = inspect.Signature(parameters)
         function.__signature__ = signature  # type: ignore[attr-defined]
         return function

@@ -46,16 +46,21 @@ def paper_entries() -> tuple[Entry, ...]:
 
 
 def tuned_entries(number: int) -> tuple[Entry, ...]:
-    """All optimizers with their own defaults; the learning rate from a grid of `number` values."""
+    """All optimizers with their own defaults; the learning rate from a grid of `number` values.
+
+    The family of four is compared by the paper's rule for λ itself, TEKFAC besides by its default.
+    """
     family = {"learning_rate": half_decades(1e-3, number)}
     adaptive = {"learning_rate": half_decades(1e-4, number)}
+    by_the_paper = {"damping_scale": 1.0}
     return (
         Entry("TEKFAC", "tekfac", family),
         Entry("SGDM", "sgd", {"learning_rate": half_decades(3e-3, number)}),
         Entry("Adam", "adam", adaptive),
-        Entry("TKFAC", "tkfac", family),
-        Entry("EKFAC", "ekfac", family),
-        Entry("KFAC", "kfac", family),
+        Entry("TEKFAC, scale 1", "tekfac", family, by_the_paper),
+        Entry("TKFAC, scale 1", "tkfac", family, by_the_paper),
+        Entry("EKFAC, scale 1", "ekfac", family, by_the_paper),
+        Entry("KFAC, scale 1", "kfac", family, by_the_paper),
         Entry("AdamW", "adamw", adaptive, {"weight_decay": 0.01}),
         Entry("Muon", "muon", family),
         Entry("SOAP", "soap", adaptive),

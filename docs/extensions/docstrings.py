@@ -24,8 +24,11 @@ class Docstrings(griffe.Extension):
         """Called when everything is loaded: spells out what the code gives to `inspect` only."""
         bare = pkg["_transform.scale_by_tekfac"].parameters
         ready = pkg["_optimizers.tekfac"].parameters
-        options = [p for p in bare if p.kind is griffe.ParameterKind.keyword_only]
         own = [p for p in ready if p.kind is not griffe.ParameterKind.var_keyword]
+        known = {p.name for p in own}
+        options = [
+            p for p in bare if p.kind is griffe.ParameterKind.keyword_only and p.name not in known
+        ]
         for name in _SIBLINGS:
             pkg[f"_transform.scale_by_{name}"].parameters = bare
             pkg[f"_optimizers.{name}"].parameters = griffe.Parameters(*own, *options)
