@@ -1,8 +1,8 @@
 """All optimizers, tuned alike, on VGG-mini and 10,000 images of CIFAR-10.
 
 Every one has its own defaults; only the learning rate is tuned, over three decades.
-A step takes 60 to 80 ms on two CPU cores, a run of ten epochs with its evaluation about a minute:
-everything about 45 minutes.
+A step takes 60 to 80 ms on two CPU cores, a run of six epochs with its evaluation about 40 s:
+everything about half an hour.
 ``python -m benchmarks.paper reading_vggmini_cifar10 --data DIR``
 """
 
