@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from tekfac_jax._decomposition import residual
 from tekfac_jax._eigenbasis import eigenvalues_in, outside
@@ -249,13 +251,18 @@ def check_state(opt_state: Any, layers: Layers) -> str:
 
 def _fallen_back(opt_state: Any) -> str:
     for path, layer in _layer_states(opt_state).items():
-        if isinstance(layer.fallen_back, jax.Array) and bool(jnp.any(layer.fallen_back)):
+        if _is_known(layer.fallen_back) and np.any(layer.fallen_back):
             return (
-                f"Layer {path!r} only scales its gradient: {int(jnp.max(layer.failed_in_a_row))} "
+                f"Layer {path!r} only scales its gradient: {np.max(layer.failed_in_a_row)} "
                 "refreshes failed one after another, since statistics or a decomposition were not "
                 "finite. It goes on as before when one succeeds."
             )
     return ""
+
+
+def _is_known(x: Any) -> bool:
+    """Whether an array has values: under `jit` and of `jax.eval_shape` it has none."""
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
 
 
 def _difference(opt_state: Any, layers: Layers) -> str:

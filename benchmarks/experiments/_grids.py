@@ -16,6 +16,7 @@ PAPER: dict[str, Any] = {
     "factor_decay": 0.95,
     "rescaling_decay": 0.95,
     "momentum": 0.9,
+    "damping_scale": 1.0,  # Eq. 3.5 itself, not the library's default
 }
 
 
