@@ -273,6 +273,16 @@ def test_step_decay():
     )
 
 
+@pytest.mark.parametrize("name", [name for name in experiments.ORDER if name.startswith("table")])
+def test_tables_of_the_paper_have_its_damping(name):
+    """Whatever the library's own default: Eq. 3.5 itself."""
+    family = [e for e in experiment.load(name)[0].entries if e.optimizer.endswith("fac")]
+    assert family
+    for entry in family:
+        assert entry.fixed["damping_scale"] == 1.0, entry.label
+        assert entry.fixed["factor_interval"] == 50
+
+
 @pytest.mark.parametrize("name", experiments.ORDER)
 def test_experiments_are_complete(name, trainer):
     """It can be made, has different labels, and says how it is run."""
