@@ -70,7 +70,10 @@ def test_every_model_trains(name):
         return losses(params, x).mean()
 
     layers = tekfac.find_layers(loss, params, x)
-    tx = tekfac.tekfac(0.02, layers, factor_interval=2, eigenbasis_interval=2, rescaling_interval=2)
+    # No momentum: on one full batch it swings through the minimum, and may end anywhere.
+    tx = tekfac.tekfac(
+        0.02, layers, momentum=0.0, factor_interval=2, eigenbasis_interval=2, rescaling_interval=2
+    )
 
     @jax.jit
     def step(params, state, x):
@@ -83,7 +86,6 @@ def test_every_model_trains(name):
         params, state, value = step(params, state, x)
         values.append(float(value))
     assert np.isfinite(values).all()
-    assert min(values) < values[0]
     assert values[-1] < values[0]
 
 
