@@ -1,11 +1,15 @@
 """What comes into an update besides the gradient: the statistics, checked, and their batch."""
 
+import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from tekfac_jax._checks import check_number
 from tekfac_jax._contract import Factors
 from tekfac_jax._layers import (
     Capture,
@@ -15,7 +19,7 @@ from tekfac_jax._layers import (
     call_positions,
     is_attend,
 )
-from tekfac_jax._reduced import ReducedStatistics
+from tekfac_jax._reduced import Reduced, ReducedStatistics
 
 Given = Statistics | ReducedStatistics
 
@@ -43,8 +47,12 @@ def read_batch(
     which examples are multiplied by zero, nor that one stands for several columns of a Fisher root.
 
     Raises:
-        ValueError: `required` and neither is given; statistics of other layers.
+        ValueError: `required` and neither is given; statistics of other layers; `axis_name` is no
+            axis that this runs under.
     """
+    _check_bound(axis_name)
+    if batch_size is not None:
+        check_number("batch_size", batch_size, 0, math.inf, "examples in the batch", open_low=True)
     if stats is None:
         if batch_size is None and required:
             raise ValueError(
@@ -73,6 +81,19 @@ def read_batch(
     local = jnp.where(unusable, jnp.nan, local)
     total = local if axis_name is None else lax.psum(local, axis_name)
     return Batch(total, stats.scale / local, total)
+
+
+def _check_bound(axis_name: Any) -> None:
+    """Raises unless this is traced under an axis of that name, or axes."""
+    if axis_name is None:
+        return
+    try:
+        lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis that this update runs under: call it inside of "
+            "pmap or shard_map with that axis, or leave axis_name out"
+        ) from error
 
 
 def sampled(
@@ -109,7 +130,19 @@ def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, th
                 "stats lack Θ, which this transformation measures: pass opt_state= to the function "
                 'that value_grad_and_stats(..., mode="reduced") returns'
             )
-        if reduced.psi.shape != (*spec.lead, spec.out_dim, spec.out_dim):
+        i, o, lead = spec.in_dim, spec.out_dim, spec.lead
+        phi = (*lead, i, i) if spec.has_input_basis else (*lead, i)
+        if reduced.phi.shape != phi:
+            raise ValueError(
+                f"stats of layer {path!r} have shape {reduced.phi.shape} on the input side, the "
+                f"layer {phi}: call find_layers again"
+            )
+        if theta and (reduced.theta.ndim != len(lead) + 2 or jnp.shape(reduced.rest) != lead):
+            raise ValueError(
+                f"stats of layer {path!r} have Θ of shape {reduced.theta.shape} and a rest of "
+                f"shape {jnp.shape(reduced.rest)}, which must be {lead} and two axes, and {lead}"
+            )
+        if reduced.psi.shape != (*lead, o, o):
             raise ValueError(
                 f"stats of layer {path!r} have shape {reduced.psi.shape} on the output side, the "
                 f"layer has {spec.lead} times {spec.out_dim} outputs: call find_layers again"
@@ -121,12 +154,39 @@ def _check_layers(stats: Any, layers: Layers) -> None:
         raise ValueError(
             f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
         )
-    if set(stats.layers) != set(layers):
+    scalars = (stats.examples,)
+    if isinstance(stats, Statistics):
+        scalars = stats.scale, stats.examples, stats.parts
+    if not all(x is None or (_is_array(x) and x.shape == ()) for x in scalars) or (
+        isinstance(stats, Statistics) and stats.scale is None
+    ):
+        raise ValueError(
+            "stats must have scalar arrays of real numbers besides those of the layers, got "
+            f"{scalars}; take them as they come from value_grad_and_stats or fisher_stats"
+        )
+    named = set(stats.layers) if isinstance(stats.layers, Mapping) else set()
+    if named != set(layers):
         raise ValueError(
             f"stats are of other layers than this transformation's: missing "
-            f"{sorted(set(layers) - set(stats.layers))}, unknown "
-            f"{sorted(set(stats.layers) - set(layers))}. Use one `layers` for both."
+            f"{sorted(set(layers) - named)}, unknown "
+            f"{sorted(named - set(layers), key=str)}. Use one `layers` for both."
         )
+    for path, found in stats.layers.items():
+        kind = Capture if isinstance(stats, Statistics) else Reduced
+        parts = found if isinstance(stats, Statistics) else (found,)
+        whole = isinstance(parts, tuple) and parts and all(isinstance(x, kind) for x in parts)
+        needed = [field for x in parts for field in x[:2]] if whole else []
+        if not needed or not all(map(_is_array, (*needed, *jax.tree.leaves(parts)))):
+            raise ValueError(
+                f"stats of layer {path!r} must be {kind.__name__} of floating-point arrays, as "
+                f"value_grad_and_stats and fisher_stats return them, got {found!r}"
+            )
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
+        x.dtype, jnp.floating
+    )
 
 
 def _check_captures(stats: Statistics, layers: Layers) -> int:

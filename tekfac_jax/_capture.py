@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tekfac_jax._checks import check_choice, check_flag, check_function, check_number
 from tekfac_jax._contract import Factors
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
 from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
-from tekfac_jax._layers import Layers
-from tekfac_jax._options import check_choice, check_number
-from tekfac_jax._plan import Captures, batch_plan, check_layers, common_batch_size
+from tekfac_jax._layers import Layers, check_layers
+from tekfac_jax._plan import Captures, batch_plan, common_batch_size
+from tekfac_jax._pytrees import flattened
 from tekfac_jax._trace import trace_layers
 
 Divisor = Literal["mean", "sum"] | float | jax.Array
@@ -150,6 +151,8 @@ def value_grad_and_stats(
         (8, 3)
     """
     check_layers(layers)
+    check_function("loss_fn", loss_fn)
+    check_flag("has_aux", has_aux)
     _check_reduction(reduction)
     if examples is not None and mode == "reduced" and factors == "plain":
         raise ValueError(
@@ -209,9 +212,12 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
         (8, 5)
     """
     check_layers(layers)
+    check_function("loss_fn", loss_fn)
 
     def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
-        return batch_plan(loss_fn, layers, params, args, kwargs).run(params, slots)
+        plan = batch_plan(loss_fn, layers, params, args, kwargs)
+        _check_slots(slots, plan.slots())
+        return plan.run(params, slots)
 
     return tapped
 
@@ -260,15 +266,24 @@ def _counted(examples: Any, batch_size: int) -> Any:
 
 def _check_reduction(reduction: Any) -> None:
     if isinstance(reduction, str):
-        if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f'reduction must be "mean", "sum" or the number that the loss was divided by, '
-                f"got {reduction!r}"
-            )
-    elif isinstance(reduction, bool | None) or np.shape(reduction) != ():
-        raise ValueError(f"reduction must be a scalar, got {reduction!r}")
-    elif isinstance(reduction, int | float) and not 0 < reduction < float("inf"):
-        raise ValueError(f"reduction must be a positive number, got {reduction!r}")
+        check_choice("reduction", reduction, ("mean", "sum"), "or what the loss was divided by")
+    else:
+        remedy = '"mean" and "sum" say it in words'
+        check_number("reduction", reduction, 0, math.inf, remedy, open_low=True)
+
+
+def _check_slots(slots: Any, expected: Captures) -> None:
+    found, structure = flattened(slots, "slots")
+    leaves, wanted = flattened(expected, "slots")
+    same = structure == wanted and all(
+        isinstance(x, jax.Array | np.ndarray) and x.shape == like.shape
+        for (_, x), (_, like) in zip(found, leaves, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            "slots do not fit: they must be what make_slots returns for this function, these "
+            "layers and arguments of these shapes"
+        )
 
 
 def _check_scalar(output: Any, has_aux: bool) -> None:
@@ -276,7 +291,8 @@ def _check_scalar(output: Any, has_aux: bool) -> None:
         if not isinstance(output, tuple) or len(output) != 2:
             raise ValueError("with has_aux=True the loss must return a pair (loss, aux)")
         output = output[0]
-    shape = getattr(output, "shape", None)
+    is_array = hasattr(output, "dtype") and type(output) is not jax.ShapeDtypeStruct
+    shape = getattr(output, "shape", None) if is_array else None
     if shape != () or not jnp.issubdtype(output.dtype, jnp.floating):
         what = (
             f"shape {shape} and dtype {output.dtype}"

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from tekfac_jax._decomposition import SMALL
-from tekfac_jax._layers import Layers, LayerSpec, Statistics
+from tekfac_jax._layers import Layers, LayerSpec, Statistics, check_layers
 
 
 class Share(NamedTuple):
@@ -123,6 +123,7 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
              1  51.5%  2×6
         4 decompositions; largest load over the mean 1.03, at best 1.03
     """
+    check_layers(layers)
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number, 1 or more, got {devices!r}")
     work = [

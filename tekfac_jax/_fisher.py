@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 
+from tekfac_jax._checks import check_choice, check_flag, check_function, check_key, check_number
 from tekfac_jax._contract import Factors
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
-from tekfac_jax._layers import Layers, LayerSpec
-from tekfac_jax._options import check_choice, check_number
-from tekfac_jax._plan import batch_plan, check_layers
+from tekfac_jax._layers import Layers, LayerSpec, check_layers
+from tekfac_jax._plan import batch_plan
 
 Estimator = Literal["sampled", "exact"]
 
@@ -154,6 +154,8 @@ def fisher_stats(
         (8, 3)
     """
     check_layers(layers)
+    check_function("predict_fn", predict_fn)
+    check_flag("has_aux", has_aux)
     check_choice("estimator", estimator, ("sampled", "exact"))
     if estimator == "exact" and not hasattr(likelihood, "fisher_root"):
         raise ValueError(
@@ -161,6 +163,12 @@ def fisher_stats(
             'not; use estimator="sampled"'
         )
 
+    needed = ("neg_log_prob", "sample") if estimator == "sampled" else ()
+    if missing := [name for name in needed if not hasattr(likelihood, name)]:
+        raise ValueError(
+            f"likelihood must have {' and '.join(missing)}, which {type(likelihood).__name__} has "
+            "not; tekfac_jax.Categorical() is one"
+        )
     if estimator == "exact" and mode == "reduced":
         raise ValueError(
             'mode="reduced" needs estimator="sampled": the exact one holds a capture for each '
@@ -171,8 +179,11 @@ def fisher_stats(
         key = kwargs.pop("key", None)
         if estimator == "sampled" and key is None:
             raise ValueError('estimator="sampled" draws labels: pass key=jax.random.key(...)')
+        if estimator == "sampled":
+            check_key(key)
         model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
+        _check_outputs(plan.trace.output, has_aux)
         size = jnp.asarray(plan.batch_size, jnp.result_type(float))
         gathering = gatherer(plan, size, size)
         outputs_of = functools.partial(gathering.run, params)
@@ -192,6 +203,26 @@ def fisher_stats(
         return (aux[0], stats) if has_aux else stats
 
     return gathering_function(gather, layers, mode, factors)
+
+
+def _check_outputs(output: Any, has_aux: bool) -> None:
+    if has_aux:
+        if not isinstance(output, tuple) or len(output) != 2:
+            raise ValueError("with has_aux=True predict_fn must return a pair (outputs, aux)")
+        output = output[0]
+    dtype, shape = getattr(output, "dtype", None), getattr(output, "shape", ())
+    no_array = type(output) is jax.ShapeDtypeStruct  # the trace has its own stand-in
+    real = not no_array and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
+    if not real or not shape or not math.prod(shape):
+        what = (
+            type(output).__name__
+            if no_array or dtype is None
+            else f"shape {shape} and dtype {dtype}"
+        )
+        raise ValueError(
+            "predict_fn must return one real array with the batch as leading axis, such as logits, "
+            f"got {what}; with further outputs return (outputs, aux) and pass has_aux=True"
+        )
 
 
 def _columns_as_examples(spec: LayerSpec, x: jax.Array) -> jax.Array:

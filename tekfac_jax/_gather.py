@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
+from tekfac_jax._checks import check_choice, check_condition
 from tekfac_jax._contract import Factors
 from tekfac_jax._layers import Layers, Statistics
-from tekfac_jax._options import check_choice
 from tekfac_jax._plan import Captures, Plan
 from tekfac_jax._readers import bases_in
 from tekfac_jax._reduced import Reduction
@@ -62,6 +62,7 @@ def gathering_function(
     def reduced(
         params: Any, *args: Any, opt_state: Any = None, when: Any = True, **kwargs: Any
     ) -> Any:
+        check_condition("when", when)
         bases = None if opt_state is None else bases_in(opt_state, layers)
 
         def reduction(plan: Plan, scale: jax.Array, examples: jax.Array) -> Reduction:

@@ -202,6 +202,12 @@ class Layers(Mapping[str, LayerSpec]):
         return "\n".join(line.rstrip() for line in lines)
 
 
+def check_layers(layers: Any) -> None:
+    """Raises unless it is what `find_layers` returns."""
+    if not isinstance(layers, Layers):
+        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
+
+
 def _times(lead: tuple[int, ...], dim: int) -> str:
     return "×".join(map(str, (*lead, dim)))
 

@@ -55,4 +55,6 @@ def observer(recorder: Recorder) -> Callable[..., Any]:
 def _parameters_of(module: nn.Module) -> dict[str, Any]:
     """The arrays that stand directly in the module's own parameter dict."""
     own = module.variables.get("params", {})
+    if not isinstance(own, Mapping):  # Flax will say so
+        return {}
     return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}

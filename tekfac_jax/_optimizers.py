@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from tekfac_jax._checks import check_number, check_transformation
 from tekfac_jax._damping import follows_trace, kl_factor
 from tekfac_jax._layers import Layers
-from tekfac_jax._options import also_arguments_of, check_number, same_arguments_as
-from tekfac_jax._pytrees import captured_mask, layer_path
+from tekfac_jax._options import also_arguments_of, same_arguments_as
+from tekfac_jax._pytrees import captured_mask, gather_matrices, layer_path
 from tekfac_jax._readers import search
 from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid
 from tekfac_jax._transform import (
@@ -58,6 +59,7 @@ def clip_by_kl(
     check_number("max_kl", max_kl, 0, math.inf, "1e-3 is usual", open_low=True)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
+    check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> ClipByKlState:
@@ -187,6 +189,20 @@ def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     return _ready(scale_by_kfac, *args, **kwargs)
 
 
+def _check_gradient(updates: Any, layers: Layers) -> None:
+    """Raises for a gradient that does not fit, over which optax would stumble."""
+    found = gather_matrices(updates, layers)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    masks = any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked)))
+    if not masks and (missing := [path for path in layers if path not in found]):
+        raise ValueError(
+            f"the gradient is None for the layers {missing}: pass the gradient of all parameters"
+        )
+
+
 def _ready(
     scale_by: Callable[..., optax.GradientTransformationExtraArgs],
     learning_rate: LearningRate,
@@ -222,9 +238,23 @@ def _ready(
     )
     if fallback is None:
         fallback = optax.adam(learning_rate)
+    check_transformation("fallback", fallback)
 
     def labels(params: Any) -> Any:
         mask = captured_mask(params, layers)
         return jax.tree.map(lambda is_captured: "captured" if is_captured else "fallback", mask)
 
-    return optax.partition({"captured": captured, "fallback": fallback}, labels)
+    parts = optax.partition({"captured": captured, "fallback": fallback}, labels)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.OptState]:
+        _check_gradient(updates, layers)
+        if not isinstance(state, optax.transforms.PartitionState):
+            raise ValueError(
+                "state= must be what init or the update before returned, got "
+                f"{type(state).__name__}"
+            )
+        return parts.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(parts.init, update)

@@ -1,5 +1,6 @@
 """Arguments of the transforms: what they may be, and one signature for the whole family."""
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from tekfac_jax._checks import LARGEST_INTEGER, as_python, check_choice, check_flag, check_number
 from tekfac_jax._damping import Damping, FcDamping
 from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import axis_names
 from tekfac_jax._folding import FOLD
-from tekfac_jax._layers import Layers
+from tekfac_jax._layers import check_layers
 from tekfac_jax._state import BasisRank
 
 Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
@@ -60,12 +62,12 @@ class Options(NamedTuple):
 
 def validate(layers: Any, options: Options) -> Options:
     """Raises a ValueError that names the argument, its value, the range and the remedy."""
-    if not isinstance(layers, Layers):
-        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
+    check_layers(layers)
     if not layers:
         raise ValueError("layers is empty: there is nothing to precondition")
     for name in _INTERVALS:
         _check_interval(name, getattr(options, name))
+    check_flag("stagger", options.stagger)
     if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
         raise ValueError(
             "stagger=True lays the steps out when the transformation is made: give the intervals "
@@ -82,10 +84,12 @@ def validate(layers: Any, options: Options) -> Options:
     else:
         check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
     _check_basis_rank(options)
+    check_flag("shard_state", options.shard_state)
+    _check_axis_name(options.axis_name)
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
-    max_failures = _as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
+    max_failures = as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
     if not isinstance(max_failures, Tracer):
         _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
     _check_count(
@@ -104,18 +108,31 @@ def validate(layers: Any, options: Options) -> Options:
 
 
 def _check_count(name: str, value: Any, meaning: str, none: str) -> None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (number and 1 <= value <= LARGEST_INTEGER):
         return
     raise ValueError(
-        f"{name} must be {meaning} (an integer, 1 or more), or None for {none}, got {value!r}"
+        f"{name} must be {meaning} (an integer, 1 or more and at most {LARGEST_INTEGER:,}), or "
+        f"None for {none}, got {value!r}"
     )
+
+
+def _check_axis_name(value: Any) -> None:
+    names = axis_names(value)
+    if value is not None and not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            "axis_name must be the name of a pmap or shard_map axis, a tuple of such names, or "
+            f"None, got {value!r}"
+        )
 
 
 def _check_basis_rank(options: Options) -> None:
     rank = options.basis_rank
     number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    too_small = isinstance(rank, int | float) and rank < 1e-9
     share = isinstance(rank, float) and not 0 < rank <= 1
-    if rank is not None and rank != "auto" and (not number or rank < 1e-9 or share):
+    auto = isinstance(rank, str) and rank == "auto"
+    if rank is not None and not auto and (not number or too_small or share):
         raise ValueError(
             'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
             f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
@@ -130,9 +147,12 @@ def _check_basis_rank(options: Options) -> None:
 def _mesh_axis(options: Options) -> Any:
     """The mesh's axis, checked."""
     if options.mesh is None:
-        for name in ("mesh_axis", "shard_state"):
-            if getattr(options, name):
-                raise ValueError(f"{name}={getattr(options, name)!r} needs mesh=")
+        for name, default in (("mesh_axis", None), ("shard_state", False)):
+            value = getattr(options, name)
+            if value is not default:
+                raise ValueError(
+                    f"{name}={value!r} needs mesh=, and there is none: pass it, or leave {name} out"
+                )
         return None
     if options.axis_name is not None:
         raise ValueError(
@@ -151,7 +171,8 @@ def check_mesh_axis(mesh: Any, axis: Any, *, shard_state: bool) -> Any:
     if isinstance(axis, list):
         raise ValueError(f"mesh_axis must be a name or a tuple of names, got {axis!r}")
     names = axis_names(axis)
-    if not names or not set(names) <= set(mesh.axis_names) or len(set(names)) < len(names):
+    known = all(isinstance(name, str) and name in mesh.axis_names for name in names)
+    if not names or not known or len(set(names)) < len(names):
         raise ValueError(f"mesh_axis must be among the mesh's {mesh.axis_names}, got {axis!r}")
     devices = math.prod(mesh.shape[name] for name in names)
     if shard_state and FOLD % devices:
@@ -163,53 +184,30 @@ def check_mesh_axis(mesh: Any, axis: Any, *, shard_state: bool) -> Any:
 
 
 def _check_interval(name: str, value: Any) -> None:
-    value = _as_python(value)
+    value = as_python(value)
     if isinstance(value, Tracer):
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_INTEGER:
         raise ValueError(
-            f"{name} must be a whole number of steps, 1 or more (1: every step), got {value!r}"
+            f"{name} must be a whole number of steps, 1 or more (1: every step) and at most "
+            f"{LARGEST_INTEGER:,}, got {value!r}"
         )
-
-
-def check_number(
-    name: str, value: Any, low: float, high: float, remedy: str, *, open_low: bool = False
-) -> None:
-    """Raises unless `value` is traced, or in [low, high), (low, high) with `open_low`."""
-    value = _as_python(value)
-    if isinstance(value, Tracer):
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (low < value if open_low else low <= value) or not value < high:
-        bracket = "(" if open_low else "["
-        raise ValueError(
-            f"{name} must be a number in {bracket}{low}, {high}), got {value!r}; {remedy}"
-        )
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> None:
-    """Raises unless `value` is one of `choices`."""
-    if value not in choices:
-        listed = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} must be one of {listed} {also}".rstrip() + f", got {value!r}")
-
-
-def _as_python(value: Any) -> Any:
-    """A scalar array or numpy scalar as a Python number; anything else as it is."""
-    is_scalar = isinstance(value, np.generic | np.ndarray | jax.Array) and value.shape == ()
-    return value.item() if is_scalar and not isinstance(value, Tracer) else value
 
 
 def _factor_dtype(dtype: Any) -> Any:
     if dtype is None:
         return None
-    if jnp.dtype(dtype) not in (jnp.dtype("float32"), jnp.dtype("float64")):
+    known = None
+    if isinstance(dtype, str | type | np.dtype):  # arrays and what else has a dtype are none
+        with contextlib.suppress(TypeError):
+            known = jnp.dtype(dtype)
+    if known is None or known not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise ValueError(
-            f"factor_dtype must be float32 or float64, got {jnp.dtype(dtype).name}: in half "
-            "precision the small eigenvalues of a factor are lost. Parameters and activations "
+            f"factor_dtype must be float32 or float64, got {dtype!r}: in half precision "
+            "the small eigenvalues of a factor are lost. Parameters and activations "
             "may be in half precision all the same"
         )
-    return jnp.dtype(dtype)
+    return known
 
 
 def same_arguments_as(

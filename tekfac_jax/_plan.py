@@ -77,12 +77,6 @@ def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, 
     return repeated, tuple(range(batch + 1, batch + 1 + len(repeated)))
 
 
-def check_layers(layers: Any) -> None:
-    """Raises unless it is what `find_layers` returns."""
-    if not isinstance(layers, Layers):
-        raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
-
-
 def batch_plan(
     fn: Callable[..., Any],
     layers: Layers,

@@ -1,8 +1,11 @@
 """Between a gradient pytree and the (*lead, in[+1], out) matrices of its layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from tekfac_jax._layers import (
@@ -67,12 +70,22 @@ def layer_path(key_path: tuple[Any, ...]) -> str | None:
     return join_path(tuple(home)) if join_path((name,)) in names else None
 
 
+def flattened(
+    tree: Any, what: str, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[tuple[Any, Any]], Any]:
+    """`jax.tree_util.tree_flatten_with_path`; raises a ValueError for what is no pytree."""
+    try:
+        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    except (TypeError, ValueError) as error:  # keys that cannot be sorted, for one
+        raise ValueError(f"{what} is no pytree that JAX can flatten: {error}") from error
+
+
 def _is_absent(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    paths_and_leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+    paths_and_leaves, _ = flattened(tree, "the gradient", is_leaf=_is_absent)
     found: dict[str, Any] = {}
     for path, leaf in paths_and_leaves:
         name = join_path(path)
@@ -98,7 +111,15 @@ def _layer_leaves(
             "find_layers(..., skip=...)"
         )
     for name, shape in shapes.items():
-        if leaves[name].shape != shape:
+        leaf: Any = leaves[name]
+        is_array = isinstance(leaf, jax.Array | np.ndarray)
+        if not is_array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            what = f"dtype {leaf.dtype}" if is_array else f"type {type(leaf).__name__}"
+            raise ValueError(
+                f"the gradient of {parameter_path(path, name)!r} has {what}; it must be an array "
+                "of floating-point numbers"
+            )
+        if leaf.shape != shape:
             raise ValueError(
                 f"the gradient of {parameter_path(path, name)!r} has shape {leaves[name].shape}, "
                 f"find_layers saw {shape}; call find_layers again for this network"

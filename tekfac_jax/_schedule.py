@@ -7,6 +7,7 @@ import numpy as np
 from tekfac_jax._layers import Layers, LayerSpec
 from tekfac_jax._orders import factor_order, rescaling_order
 
+_MOST_TRIALS = 2**27  # steps times offsets, for each layer: a fraction of a second
 _EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
 
 
@@ -17,9 +18,18 @@ def offsets(
 
     One offset for all three, so that they keep the paper's order. The most expensive layer first,
     each where the busiest of the steps that it falls on is least busy, by flop count.
+
+    Raises:
+        ValueError: the intervals have too many steps in common.
     """
     intervals = (factor_interval, eigenbasis_interval, rescaling_interval)
     cycle = math.lcm(*intervals)
+    if cycle * max(intervals) > _MOST_TRIALS:
+        raise ValueError(
+            f"stagger=True lays out {cycle:,} steps, the least common multiple of the intervals "
+            f"{intervals}, in {max(intervals):,} ways, more than can be tried: choose shorter "
+            "intervals, or such as divide each other (50, 50, 200)"
+        )
     load = np.zeros(cycle)
     costs = {path: _costs(spec) for path, spec in layers.items()}
     found = {}

@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tekfac_jax._devices import axis_names, specs_of_statistics
-from tekfac_jax._layers import Layers
+from tekfac_jax._layers import Layers, check_layers
 from tekfac_jax._options import Options, check_mesh_axis
 from tekfac_jax._state import SQUARES, LayerState, folded, initial_state, is_folded, unfolded
 
@@ -49,6 +49,7 @@ def opt_state_sharding(
         >>> tekfac.curvature(opt_state)["params"].q_phi.shape
         (6, 6)
     """
+    check_layers(layers)
     axis = check_mesh_axis(mesh, mesh_axis, shard_state=True)
     if opt_state is None:
         opt_state = jax.eval_shape(lambda: initial_state(layers, None, fold=True))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._layers import Layers, at_least_float32
+from tekfac_jax._layers import Layers, at_least_float32, check_layers
 from tekfac_jax._pytrees import gather_matrices
 
 
@@ -45,6 +45,7 @@ def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> d
         >>> f"{step['params/update_ratio']:.4f}", bool(step["params/angle"] < 90)
         ('0.0100', True)
     """
+    check_layers(layers)
     weights = _matrices("params", params, layers)
     gradients = _matrices("grads", grads, layers)
     steps = _matrices("updates", updates, layers)

@@ -12,9 +12,11 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from tekfac_jax._checks import LARGEST_INTEGER, check_function
 from tekfac_jax._fresh import make_fresh_jaxpr
-from tekfac_jax._layers import unboxed
+from tekfac_jax._layers import join_path, unboxed
 from tekfac_jax._linen import observer
+from tekfac_jax._pytrees import flattened
 from tekfac_jax._record import Recorder, recording
 from tekfac_jax._replay import Tags, replay
 from tekfac_jax._usage import Usage, read_usage
@@ -31,6 +33,11 @@ class Trace(NamedTuple):
     def run(self, params: Any, tags: Tags) -> Any:
         """The function's output for other values of its first argument, with tagged layers."""
         leaves = jax.tree.leaves(params)
+        if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*leaves, *self.arrays)):
+            raise ValueError(
+                "arguments must be arrays where something is computed, got jax.ShapeDtypeStruct: "
+                "shapes suffice for find_layers only, and inside of jax.eval_shape"
+            )
         outputs = replay(self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays], tags)
         remaining = iter(outputs)
         return jax.tree.map(lambda o: next(remaining) if isinstance(o, _Output) else o, self.output)
@@ -48,7 +55,17 @@ def trace_layers(
 
     With `norms` normalisations are layers too.
     """
-    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    check_function("the function", fn)
+    paths_and_leaves, treedef = flattened(params, "argument 0")
+    for path, leaf in paths_and_leaves:
+        number = isinstance(leaf, float | complex) or (
+            isinstance(leaf, int) and abs(leaf) <= LARGEST_INTEGER
+        )
+        if not number and not _is_traced(leaf):
+            raise ValueError(
+                f"argument 0 has {type(leaf).__name__} at {join_path(path)!r}: parameters must be "
+                "arrays of numbers"
+            )
     paths = [unboxed(path) for path, _ in paths_and_leaves]
     leaves = [leaf for _, leaf in paths_and_leaves]
     others, others_treedef = jax.tree.flatten((args, kwargs))
@@ -77,7 +94,9 @@ def trace_layers(
 
 def _is_traced(leaf: Any) -> bool:
     """Arrays are traced; Python's and numpy's scalars, like every other object, stay static."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, np.generic)
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or isinstance(leaf, np.generic):
+        return False
+    return not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSUMm"  # no numbers
 
 
 class _Output(jax.ShapeDtypeStruct):
