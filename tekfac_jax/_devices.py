@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec
 from tekfac_jax._decomposition import SMALL
 from tekfac_jax._layers import Layers, LayerSpec, Statistics, check_layers
 
+_MOST_DEVICES = 2**20  # a plan lists them
+
 
 class Share(NamedTuple):
     """One eigendecomposition.
@@ -126,6 +128,8 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
     check_layers(layers)
     if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
         raise ValueError(f"devices must be a whole number, 1 or more, got {devices!r}")
+    if devices > _MOST_DEVICES:
+        raise ValueError(f"devices must be at most {_MOST_DEVICES:,}, got {devices:,}")
     work = [
         (side_dim, path, side, index)
         for path, spec in layers.items()

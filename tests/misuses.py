@@ -150,7 +150,7 @@ def mistakes() -> dict[str, Callable[[Any], Any]]:
         "function to look at": lambda r: tekfac.find_layers(r.choice(NO_FUNCTIONS), params, x),
         "parameters": lambda r: traced(gather, mutated(params, r), x),
         "batch": lambda r: traced(gather, params, mutated(x, r)),
-        "function": lambda r: tekfac.value_grad_and_stats(r.choice(NO_FUNCTIONS), layers)(params, x),
+        "function": lambda r: tekfac.value_grad_and_stats(r.choice(NO_FUNCTIONS), layers),
         "loss": lambda r: traced(
             tekfac.value_grad_and_stats(returning(r, number), layers), params, x
         ),

@@ -17,10 +17,10 @@ from tests.test_errors import simple_case
 # The same examples each time: a failure must be one of the change at hand. Each is a program to
 # compile, so there are few of them, and they are not made smaller.
 FEW = settings(
-    max_examples=5, deadline=None, derandomize=True, database=None,
+    max_examples=4, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-MANY = settings(FEW, max_examples=45)
+MANY = settings(FEW, max_examples=36)
 
 
 def check_network(network, setting):

@@ -1,0 +1,74 @@
+"""What a type checker in strict mode says of a user's program: nothing, or where it is wrong."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+PROGRAM = """
+from typing import Any
+import jax
+import tekfac_jax as tekfac
+
+def loss_fn(params: Any, x: jax.Array) -> jax.Array: ...
+
+def train(params: Any, x: jax.Array) -> None:
+    layers = tekfac.find_layers(loss_fn, params, x, norm="unitwise")
+    tx = tekfac.tekfac(0.1, layers, momentum=0.9, kl_clip=None, factor_interval=10)
+    bare = tekfac.scale_by_kfac(layers, damping="trace", factors="location", basis_rank=4)
+    state = tekfac.TrainState.create(apply_fn=None, params=params, tx=tx)
+    grad_fn = tekfac.value_grad_and_stats(loss_fn, layers, mode="reduced")
+    stats_fn = tekfac.fisher_stats(loss_fn, layers, likelihood=tekfac.Gaussian(variance=2.0))
+    stepped = state.apply_gradients(grads=grad_fn(params, x)[1], stats=stats_fn(params, x))
+    found: dict[str, tekfac.Curvature] = tekfac.curvature(stepped)
+    theta: jax.Array = found["a"].theta
+    scalars: dict[str, jax.Array] = tekfac.diagnostics(bare.init(params))
+    worst: float = max(tekfac.check_capture(loss_fn, layers, params, x).values())
+    balance: float = tekfac.device_plan(layers, 8).balance
+    print(theta, scalars, worst, balance, tekfac.stats_due(stepped), layers["a"].in_dim)
+"""
+MISTAKES = """
+tekfac.scale_by_tekfac(layers, factors="Exact")
+tekfac.scale_by_tkfac(layers, dampin=0.1)
+tekfac.value_grad_and_stats(loss_fn, layers, mode="reduce")
+tekfac.find_layers(loss_fn, params, x, norm="all")
+tekfac.curvature(state)["a"].thetas
+tekfac.device_plan(layers, "8")
+tekfac.scale_by_tekfac(layers, 50)
+"""
+
+
+@pytest.fixture(scope="module")
+def complaints(tmp_path_factory):
+    """Lines of the two programs that pyright finds fault with."""
+    folder = tmp_path_factory.mktemp("program")
+    body = "".join(f"    {line}\n" for line in MISTAKES.strip().splitlines())
+    wrong = (
+        PROGRAM + f"\ndef wrong(layers: tekfac.Layers, state: Any, params: Any, x: Any):\n{body}"
+    )
+    (folder / "right.py").write_text(PROGRAM)
+    (folder / "wrong.py").write_text(wrong)
+    options = {"strict": ["*.py"], "extraPaths": [str(ROOT)], "pythonVersion": "3.11"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(options))
+    pyright = pathlib.Path(sys.executable).with_name("pyright")
+    command = [str(pyright), "--pythonpath", sys.executable, "--outputjson"]
+    output = subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout
+    found = {"right.py": set(), "wrong.py": set()}
+    for diagnostic in json.loads(output)["generalDiagnostics"]:
+        path = pathlib.Path(diagnostic["file"])
+        line = path.read_text().splitlines()[diagnostic["range"]["start"]["line"]].strip()
+        found[path.name].add(line)
+    return found
+
+
+def test_a_right_program(complaints):
+    """Whatever is left is of other libraries, which are typed in part."""
+    assert not {line for line in complaints["right.py"] if "tekfac" in line}
+
+
+def test_a_wrong_program(complaints):
+    assert set(MISTAKES.strip().splitlines()) <= complaints["wrong.py"]
