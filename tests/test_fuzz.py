@@ -5,7 +5,7 @@ import re
 
 import jax
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
@@ -18,7 +18,7 @@ from tests.test_errors import simple_case
 # compile, so there are few of them, and they are not made smaller.
 FEW = settings(
     max_examples=4, deadline=None, derandomize=True, database=None,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=list(HealthCheck), phases=[Phase.generate],
 )  # fmt: skip
 MANY = settings(FEW, max_examples=36)
 
