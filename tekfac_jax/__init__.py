@@ -15,8 +15,9 @@ from tekfac_jax._readers import (
     stats_due,
 )
 from tekfac_jax._reduced import Reduced, ReducedStatistics
+from tekfac_jax._restore import restore_state, without_factors
 from tekfac_jax._sharding import opt_state_sharding
-from tekfac_jax._state import ClipByKlState, LayerState, ScaleByTekfacState
+from tekfac_jax._state import ClipByKlState, LayerState, Meaning, ScaleByTekfacState
 from tekfac_jax._steps import step_diagnostics
 from tekfac_jax._transform import (
     scale_by_ekfac,
@@ -40,6 +41,7 @@ __all__ = [
     "LayerState",
     "Layers",
     "Likelihood",
+    "Meaning",
     "Reduced",
     "ReducedStatistics",
     "ScaleByTekfacState",
@@ -59,6 +61,7 @@ __all__ = [
     "make_slots",
     "memory_usage",
     "opt_state_sharding",
+    "restore_state",
     "scale_by_ekfac",
     "scale_by_kfac",
     "scale_by_tekfac",
@@ -69,4 +72,5 @@ __all__ = [
     "tekfac",
     "tkfac",
     "value_grad_and_stats",
+    "without_factors",
 ]

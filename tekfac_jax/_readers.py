@@ -6,8 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
+from tekfac_jax._compatibility import (
+    difference,
+    differing_dimensions,
+    differing_paths,
+    dimensions,
+    is_known,
+    of_version,
+)
 from tekfac_jax._decomposition import residual
 from tekfac_jax._eigenbasis import eigenvalues_in, outside
 from tekfac_jax._layers import Layers
@@ -17,7 +24,6 @@ from tekfac_jax._state import (
     LayerState,
     ScaleByTekfacState,
     debiased,
-    is_folded,
     unfolded,
     unit_trace,
 )
@@ -223,16 +229,21 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
     return scalars
 
 
-def check_state(opt_state: Any, layers: Layers) -> str:
-    """Says whether a (restored) state fits these layers, and whether all of them work.
+def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:
+    """Says whether a (restored) state fits, and whether all of its layers work.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours.
         layers: from `find_layers`.
+        expected: what ``tx.init(params)`` returns of the optimizer that is to go on with it, or
+            None. With it the options are compared as well, as far as they show in a state: the
+            member of the family, `factors`, `rescaling`, `basis_rank`, `max_dim`, `factor_dtype`
+            and `shard_state`; others may change from one run to the next.
 
     Returns:
-        The first difference in a sentence, or the first layer that has fallen back to its scaled
-        gradient (`max_failures`); the empty string if the state fits and there is none.
+        A sentence: the first difference, or the first layer whose factors are still to be built
+        anew (`restore_state`) or that has fallen back to its scaled gradient (`max_failures`). The
+        empty string if there is nothing to say.
 
     Raises:
         ValueError: there is no such state inside.
@@ -245,13 +256,35 @@ def check_state(opt_state: Any, layers: Layers) -> str:
         >>> opt_state = tekfac.tekfac(0.1, layers).init(params)
         >>> tekfac.check_state(opt_state, layers)
         ''
+        >>> print(tekfac.check_state(opt_state, layers, tekfac.kfac(0.1, layers).init(params)))
+        The state is that of TEKFAC, and the optimizer is KFAC: the shapes are the same, the \
+numbers are not.
     """
-    return _difference(opt_state, layers) or _fallen_back(opt_state)
+    return (
+        _difference(opt_state, layers)
+        or ("" if expected is None else _other_options(opt_state, expected))
+        or _not_at_work(opt_state)
+    )
 
 
-def _fallen_back(opt_state: Any) -> str:
+def _other_options(opt_state: Any, expected: Any) -> str:
+    found, wanted = _find(opt_state, ScaleByTekfacState), _find(expected, ScaleByTekfacState)
+    if len(found) != len(wanted):
+        return (
+            f"{len(found)} transformations of the family are in the state, {len(wanted)} expected."
+        )
+    return next(filter(None, map(difference, found, wanted)), "")
+
+
+def _not_at_work(opt_state: Any) -> str:
+    """Of a state of this version: the first layer that lacks factors, or has fallen back."""
     for path, layer in _layer_states(opt_state).items():
-        if _is_known(layer.fallen_back) and np.any(layer.fallen_back):
+        if is_known(layer.basis_valid) and np.any(layer.basis_valid & (layer.factor_weight == 0)):
+            return (
+                f"Layer {path!r} has an eigenbasis and no factors: they are built anew from the "
+                "next statistics, and the basis stays until its next refresh."
+            )
+        if is_known(layer.fallen_back) and np.any(layer.fallen_back):
             return (
                 f"Layer {path!r} only scales its gradient: {np.max(layer.failed_in_a_row)} "
                 "refreshes failed one after another, since statistics or a decomposition were not "
@@ -260,33 +293,18 @@ def _fallen_back(opt_state: Any) -> str:
     return ""
 
 
-def _is_known(x: Any) -> bool:
-    """Whether an array has values: under `jit` and of `jax.eval_shape` it has none."""
-    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, Tracer)
-
-
 def _difference(opt_state: Any, layers: Layers) -> str:
+    for state in _find(opt_state, ScaleByTekfacState):
+        if found := of_version(state):
+            return found
     states = _layer_states(opt_state)
-    missing, extra = sorted(set(layers) - set(states)), sorted(set(states) - set(layers))
-    if missing or extra:
-        return f"The state has no layers {missing} and has {extra}, which the network has not."
-    for path, spec in layers.items():
-        found = _dimensions(states[path])
-        expected = (*spec.lead, spec.in_dim, spec.out_dim)
-        if found != expected:
-            return (
-                f"Layer {path!r} has in and out dimension {found} in the state and "
-                f"{expected} in the network."
-            )
-    return ""
-
-
-def _dimensions(layer: LayerState) -> tuple[int, ...]:
-    """(*lead, in[+1], out)."""
-    if is_folded(layer, "psi"):
-        return layer.theta.shape
-    rows = layer.theta.shape[-2] if layer.q_phi is None else layer.phi.shape[-1]
-    return (*layer.theta.shape[:-2], rows, layer.psi.shape[-1])
+    sizes = (
+        differing_dimensions(
+            path, dimensions(states[path]), (*spec.lead, spec.in_dim, spec.out_dim)
+        )
+        for path, spec in layers.items()
+    )
+    return differing_paths(states, layers) or next(filter(None, sizes), "")
 
 
 def _kept_share(layer: LayerState) -> jax.Array:
@@ -298,9 +316,8 @@ def _kept_share(layer: LayerState) -> jax.Array:
 
 def bases_in(opt_state: Any, layers: Layers) -> dict[str, Basis]:
     """The eigenbasis of each layer; raises if the state is not of these layers."""
-    difference = _difference(opt_state, layers)
-    if difference:
-        raise ValueError(f"opt_state does not fit the layers: {difference}")
+    if found := _difference(opt_state, layers):
+        raise ValueError(f"opt_state does not fit the layers: {found}")
     states = {path: unfolded(layer) for path, layer in _layer_states(opt_state).items()}
     return {path: Basis(states[path].q_phi, states[path].q_psi) for path in layers}
 

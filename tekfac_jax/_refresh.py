@@ -301,7 +301,7 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
     if not tools.member.measured:
         due |= tools.at_interval(tools.options.eigenbasis_interval)
         product = functools.partial(_eigenvalue_product, tools)
-        return tools.refresh(due & layer.basis_valid, product, layer)
+        return tools.refresh(due & layer.basis_valid & (layer.factor_weight > 0), product, layer)
     if tools.options.rescaling == "running":
         return layer
 

@@ -21,6 +21,9 @@ class LayerState(NamedTuple):
     Of an embedding `phi` is a vector, (i,), and `q_phi` is None: its basis is the standard one.
     Averages start at zero and carry their own weight, w ← βw + (1−β), by which they are divided
     when read: the first update is an assignment.
+
+    What a later version of the layout added has a default, so that pickles of an earlier one load;
+    `restore_state` fills it in.
     """
 
     phi: jax.Array  # (i, i) average of δΦ; of A in KFAC and EKFAC
@@ -35,8 +38,22 @@ class LayerState(NamedTuple):
     theta_weight: jax.Array  # () weight of these two
     damping: jax.Array  # () λ of the last step
     failures: jax.Array  # () how often statistics or a decomposition were not finite
-    failed_in_a_row: jax.Array  # (3,) the same of late: factors, eigenbasis, Θ
-    fallen_back: jax.Array  # () whether the last step scaled the gradient instead
+    failed_in_a_row: Any = None  # (3,) the same of late: factors, eigenbasis, Θ
+    fallen_back: Any = None  # () whether the last step scaled the gradient instead
+
+
+class Meaning(NamedTuple):
+    """Version of a state's layout, and what gives its averages their meaning.
+
+    Options that are not among these, nor seen in the shapes (intervals, decays, damping), may
+    change from one run to the next.
+    """
+
+    version: Any  # () `STATE_VERSION` of the library that made the state
+    plain: Any  # () whether the factors are A and U instead of Φ and Ψ
+    measured: Any  # () whether Θ is measured instead of the factors' eigenvalues
+    location: Any  # () whether factors="location"
+    running: Any  # () whether rescaling="running"
 
 
 class ScaleByTekfacState(NamedTuple):
@@ -46,6 +63,7 @@ class ScaleByTekfacState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # () steps taken
     due: jax.Array  # () whether the next step would use statistics
     layers: dict[str, LayerState]
+    meaning: Meaning = None  # pyright: ignore[reportAssignmentType]  # None: version 0
 
 
 class ClipByKlState(NamedTuple):
@@ -63,8 +81,14 @@ def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
 
 
 BasisRank = int | float | Literal["auto"] | None
+STATE_VERSION = 1  # of the layout of states; what came with each: `ADDED`
 KINDS = 3  # of refreshes: factors, eigenbasis, Θ
 WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
+
+# Fields of states that a version of the layout added to those before.
+ADDED = {"failed_in_a_row": 1, "fallen_back": 1, "meaning": 1}
+
+_TEKFAC = Meaning(STATE_VERSION, plain=False, measured=True, location=False, running=False)
 
 # The square matrices of a layer, the bulk of its state; they may be folded (`_folding`).
 SQUARES = ("phi", "psi", "q_phi", "q_psi")
@@ -127,6 +151,7 @@ def initial_state(
     basis_rank: BasisRank = None,
     max_dim: int | None = None,
     fold: bool = False,
+    meaning: Meaning = _TEKFAC,
 ) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
     as_kept = folded if fold else lambda layer: layer
@@ -158,6 +183,9 @@ def initial_state(
         count=jnp.zeros((), jnp.int32),
         due=jnp.array(True),
         layers={path: layer(spec) for path, spec in layers.items()},
+        meaning=Meaning(
+            jnp.asarray(meaning.version, jnp.int32), *(jnp.asarray(x, bool) for x in meaning[1:])
+        ),
     )
 
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from tekfac_jax._batch import check_reduced, read_batch, sampled
+from tekfac_jax._compatibility import check_state_fits
 from tekfac_jax._damping import Damping, FcDamping, layer_dampings
 from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import Devices, devices_of
@@ -47,8 +48,10 @@ from tekfac_jax._sharding import keep_folded, over_mesh
 from tekfac_jax._sources import Captured, Source, Summed
 from tekfac_jax._stacked import by_shape
 from tekfac_jax._state import (
+    STATE_VERSION,
     BasisRank,
     LayerState,
+    Meaning,
     ScaleByTekfacState,
     debiased,
     for_each,
@@ -77,7 +80,10 @@ def _algorithm(
             basis_rank=options.basis_rank,
             max_dim=options.max_dim,
             fold=options.shard_state,
+            meaning=_meaning(member, options),
         )
+
+    expected_state: Any = functools.cache(lambda: jax.eval_shape(init, None))
 
     def update(
         updates: Any,
@@ -89,6 +95,7 @@ def _algorithm(
         **extra_args: Any,
     ) -> tuple[Any, ScaleByTekfacState]:
         del params, extra_args
+        check_state_fits(state, expected_state())
         gradients = gather_matrices(updates, layers)
         running = member.measured and options.rescaling == "running"
         batch = read_batch(
@@ -144,7 +151,7 @@ def _algorithm(
         count = jnp.asarray(optax.safe_increment(state.count))
         return (
             scatter_matrices(updates, layers, directions),
-            ScaleByTekfacState(count, _next_due(count, new, options, offset), new),
+            ScaleByTekfacState(count, _next_due(count, new, options, offset), new, state.meaning),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -193,6 +200,11 @@ def _refresh_curvature(
     return new
 
 
+def _meaning(member: Member, options: Options) -> Meaning:
+    location, running = options.factors == "location", options.rescaling == "running"
+    return Meaning(STATE_VERSION, member.plain, member.measured, location, running)
+
+
 def _has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
     if options.max_failures is None:
         return jnp.zeros_like(layer.fallen_back)
@@ -216,7 +228,10 @@ def _next_due(
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
     own = jnp.asarray(sorted(set(offset.values())), count.dtype)
     due = [jnp.any((count - own) % interval == 0) for interval in intervals]
-    missing = [jnp.any(~layer.basis_valid | (layer.theta_weight == 0)) for layer in layers.values()]
+    missing = [
+        jnp.any(~layer.basis_valid | (layer.theta_weight == 0) | (layer.factor_weight == 0))
+        for layer in layers.values()
+    ]
     return jnp.any(jnp.stack([*due, *missing]))
 
 

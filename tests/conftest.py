@@ -1,5 +1,6 @@
 """Strict test mode: several CPU devices, checked shapes, strict float64 on request."""
 
+import collections
 import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -24,6 +25,21 @@ jaxtyping.install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+EVERY = 8  # of the cases of a test marked `sampled` so many make one in the default run
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
+def pytest_collection_modifyitems(items):
+    """The first of every few cases of a `sampled` test stays; the others are `slow`."""
+    cases = collections.Counter()
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            test = item.nodeid.split("[")[0]
+            if cases[test] % EVERY:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
 
 
 @pytest.fixture

@@ -590,6 +590,7 @@ def test_every_optimizer_learns_and_repeats_itself(task, name):
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("model", "data", "rate", "accuracy"),
     [

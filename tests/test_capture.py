@@ -644,6 +644,7 @@ def attention_case():
     return lambda params, x: losses_of(model.apply({"params": params}, x)).mean(), params, x
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", [mlp_case, cnn_case, attention_case])
 def test_value_and_gradient_are_bit_identical(case):
     """To the last bit, as long as the statistics are not asked for.

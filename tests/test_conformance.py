@@ -454,9 +454,9 @@ def test_shape_comments_are_true():
     state = our_state(state)
     for path, spec in case().layers.items():
         dims = {"i": spec.in_dim, "o": spec.out_dim}
-        for node in (state.layers[path], state):
+        for node in (state.layers[path], state, state.meaning):
             comments = re.findall(
-                r"^    (\w+): (?:jax\.Array|Any)  #.*?\(([io\d, ]*)\)",
+                r"^    (\w+): (?:jax\.Array|Any)(?: = None)?  #.*?\(([io\d, ]*)\)",
                 inspect.getsource(type(node)),
                 re.M,
             )

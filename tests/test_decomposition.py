@@ -60,6 +60,7 @@ def count_calls(monkeypatch, name):
     return calls
 
 
+@pytest.mark.slow
 @x64
 @settings(deadline=None, max_examples=40)
 @given(
@@ -151,6 +152,7 @@ def test_extreme_factors(r):
     assert np.all(np.isnan(updated_eigenvectors(phi.at[0, 0].set(jnp.nan), old, TRUE)))
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("lead", [(2,), (2, 3)])
 def test_several_factors_one_by_one(lead):
@@ -201,6 +203,7 @@ def states_of(name, eigenbasis, rank, steps=5):
     return updates, state
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", ["dense", "conv strided", "conv dilated no bias"])
@@ -235,6 +238,7 @@ def test_the_residual_grows_while_a_basis_is_held():
     assert float(tekfac.diagnostics(state)[f"{case.path}/phi_residual"]) > TOLERANCE
 
 
+@pytest.mark.slow
 @needs_devices
 @x64
 @pytest.mark.timeout(240)

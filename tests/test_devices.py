@@ -71,6 +71,7 @@ def training_step(axis_name=None, mean_over=jax.lax.pmean, build=mlp, mode="raw"
     return step, params, tx, x
 
 
+@pytest.mark.slow
 @x64
 def test_vmap_over_a_training_step_is_a_loop():
     step, params, tx, x = training_step()
@@ -156,6 +157,7 @@ def test_several_devices_are_one(over_devices, mean_over, build, mode):
     assert max(jax.tree.leaves(errors)) <= 1e-9
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_captures_under_shard_map(check_vma):

@@ -34,6 +34,7 @@ def section(name: str, heading: str) -> str:
 # --- Python ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_quick_start_trains(capsys):
     text = page("quickstart.md")
     namespace = snippets.run(text, "quickstart.md")
@@ -46,11 +47,13 @@ def test_quick_start_trains(capsys):
     assert {name.rpartition("/")[2] for name in logged} <= set(explained)
 
 
+@pytest.mark.slow
 def test_migration_trains():
     namespace = snippets.run(page("migration.md"), "migration.md")
     assert namespace["tekfac_loss"] < namespace["adam_loss"] < 1
 
 
+@pytest.mark.slow
 def test_questions_run():
     namespace = snippets.run(page("faq.md"), "faq.md")
     assert namespace["state"].step == 1

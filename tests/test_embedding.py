@@ -144,6 +144,7 @@ def test_embeddings_are_captured(name):
     assert max(errors.values()) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 @every_sibling
@@ -183,6 +184,7 @@ def test_curvature_is_that_of_the_dense_gradients(name, sibling):
     assert relative(actual.theta, theta) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 def test_update_is_the_dense_solve(name):
@@ -197,6 +199,7 @@ def test_update_is_the_dense_solve(name):
         assert relative(np.asarray(direction).reshape(-1, ROWS, WIDTH)[i], expected) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 def test_trace_is_that_of_the_fisher(name):
@@ -251,6 +254,7 @@ def test_nothing_is_as_large_as_the_square_of_the_rows():
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * table
 
 
+@pytest.mark.slow
 def test_training_with_momentum_and_clip():
     """The ready optimizer takes the table as one of its own."""
     case = Case("sentences")

@@ -50,6 +50,7 @@ WAYS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")

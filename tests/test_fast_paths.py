@@ -37,6 +37,7 @@ def by_einsum(a, u):
 # --- orders ----------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("order", ORDERS)
 @settings(deadline=None, max_examples=25)
@@ -53,6 +54,7 @@ def test_factors_in_every_order(order, lead, n, t, i, o, seed):
     assert relative(found.psi, psi) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("order", ORDERS)
 @settings(deadline=None, max_examples=25)
@@ -68,6 +70,7 @@ def test_rescaling_in_every_order(order, lead, n, t, i, o, r, p, seed):
     assert relative(found, (g**2).sum(axis=-3)) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("way", ["pairs of positions", "example by example", "all at once"])
 @settings(deadline=None, max_examples=25)
@@ -202,6 +205,7 @@ class Formed:
         return found, state
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("intervals", [(1, 1, 1), (1, 2, 3), (3, 2, 1), (2, 1, 2)])
@@ -219,6 +223,7 @@ def test_formed_once_is_formed_twice(intervals, rank, monkeypatch):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @x64
 def test_what_is_due_together_is_formed_once(monkeypatch):
     """Per step and layer the examples that pass through `gradients`."""
@@ -233,6 +238,7 @@ def test_what_is_due_together_is_formed_once(monkeypatch):
     assert counts[False] > counts[True]
 
 
+@pytest.mark.slow
 @x64
 def test_nothing_is_formed_off_a_refresh(monkeypatch):
     with monkeypatch.context() as patch:
@@ -278,6 +284,7 @@ def steps_on_devices(patch, budget):
     return formed, updates
 
 
+@pytest.mark.slow
 @needs_devices
 @x64
 @pytest.mark.timeout(240)
@@ -317,6 +324,7 @@ def curvature_of_some(name, number, **options):
     return tekfac.curvature(state)[case.path]
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", ["dense", "dense positions", "conv strided"])
 @pytest.mark.parametrize("number", [1, 2, 3, 6])
@@ -334,6 +342,7 @@ def test_curvature_of_some_examples(name, number):
     assert relative(found.theta, (rotated**2).mean(axis=0)) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("number", [13, 100])
 def test_all_examples_are_no_part(number):

@@ -86,6 +86,7 @@ def assert_curvature_is(after, before, path):
 # --- statistics that are not finite -------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("field", ["a", "u"])
 def test_one_layer_keeps_its_curvature_and_the_others_go_on(field, value):
@@ -230,6 +231,7 @@ EDGES = {
 }
 
 
+@pytest.mark.sampled
 @every_member
 @pytest.mark.parametrize("edge", EDGES)
 def test_degenerate_batches(name, edge):

@@ -104,6 +104,7 @@ def truncated(name, sibling="tekfac", rank=2, **options):
     return update, state, tekfac.curvature(state)[make_case(name).path]
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 @every_sibling
@@ -128,6 +129,7 @@ def test_what_a_network_holds(name, sibling):
     assert float(tekfac.diagnostics(state)[f"{path}/trace"]) == pytest.approx(total, rel=1e-9)
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 def test_the_mean_is_the_best_scalar(name):
@@ -145,6 +147,7 @@ def test_the_mean_is_the_best_scalar(name):
     assert best >= np.linalg.norm(f - oracles.operator(whole)) - 1e-12
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 @pytest.mark.parametrize("damping", ["trace", 0.02])
@@ -200,6 +203,7 @@ def reader(ids):
     return nn.Dense(3)(jnp.tanh(x).reshape(len(x), -1))
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize("build", [words, reader])
 def test_every_kind_of_layer_raw_and_reduced(build):

@@ -41,6 +41,7 @@ def case(name):
     return losses, params, x, uncovered
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize("norm", ["fallback", "unitwise"])
 @pytest.mark.parametrize("name", MODELS)

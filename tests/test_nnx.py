@@ -95,6 +95,7 @@ def test_numbers_are_those_of_linen():
     np.testing.assert_allclose(model.norm.mean[...], batch_stats["norm"]["mean"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_is_that_of_linen():
     """With nnx.Optimizer under nnx.jit, beside a train state."""
     linen, variables, model, ids = both()

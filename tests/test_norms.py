@@ -146,6 +146,7 @@ class Case:
         return run(self.params, self.x)
 
 
+@pytest.mark.sampled
 @x64_standard
 @every_case
 def test_captures_are_the_pairs_of_each_example(name):
@@ -171,6 +172,7 @@ def test_captures_are_the_pairs_of_each_example(name):
     assert max(map(relative_error, jax.tree.leaves(grads), jax.tree.leaves(plain))) <= 1e-14
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize(
     ("name", "sibling"),
@@ -192,6 +194,7 @@ def test_curvature_is_the_exact_block(name, sibling):
     assert relative_error(found.delta, np.trace(expected, axis1=-2, axis2=-1)) <= EXACT
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize(
     ("sibling", "damping"), [("tekfac", 0.03), ("kfac", 0.03), ("tekfac", "trace")]
@@ -209,6 +212,7 @@ def test_update_is_the_solve_with_each_block(sibling, damping):
     assert relative_error(found, expected) <= EXACT
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize("name", ["LayerNorm", "called twice", "scan and remat", "vmap"])
 def test_reduced_statistics_are_the_same(name):
@@ -227,6 +231,7 @@ def test_a_scale_of_zero_is_captured():
                           np.trace(case.blocks(), axis1=-2, axis2=-1).sum()) <= EXACT  # fmt: skip
 
 
+@pytest.mark.slow
 @x64_standard
 def test_batch_norm_in_train_mode_moves_its_averages_and_sums_to_the_gradient():
     model = norm_of(lambda name: nn.BatchNorm(use_running_average=False, name=name))
@@ -248,6 +253,7 @@ def test_batch_norm_in_train_mode_moves_its_averages_and_sums_to_the_gradient():
     assert max(errors.values()) <= EXACT
 
 
+@pytest.mark.slow
 def test_half_precision():
     """The input is bfloat16, what is scaled is captured as float32."""
     model = norm_of(lambda name: nn.LayerNorm(dtype=jnp.bfloat16, name=name))
@@ -301,6 +307,7 @@ def test_unknown_option():
         )
 
 
+@pytest.mark.slow
 def test_the_ready_optimizer_clips_and_decays_it():
     """The scale is one of the captured parameters: momentum and KL clip see it."""
     case = Case("LayerNorm")
@@ -341,6 +348,7 @@ NNX = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", NNX)
 def test_nnx_captures_what_linen_does(name):
     linen_norm, nnx_norm = NNX[name]
@@ -411,6 +419,7 @@ def test_nnx_batch_norm_that_is_told_at_the_call(use):
     assert relative_error(found, nnx.as_pure(grads)["norm"]["scale"]) <= SINGLE
 
 
+@pytest.mark.slow
 def test_a_dead_feature_leaves_the_others_in_the_kl_clip():
     case = Case("LayerNorm")
     params = {**case.params, "last": {**case.params["last"]}}

@@ -139,6 +139,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of orbax
 @pytest.mark.parametrize("killed", [[1], [2], [1, 2]])
 def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, killed):
@@ -237,6 +238,7 @@ def test_what_is_random_depends_on_seed_and_step(trainer):
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
 
 
+@pytest.mark.slow
 def test_settings_of_one_step_are_those_of_its_own_compilation(task):
     """A number that stands in the state acts like one that is compiled in."""
     batch = next(task.batches(0, 1))

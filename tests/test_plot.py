@@ -149,6 +149,7 @@ def test_without_matplotlib_one_sentence():
 # --- the picture of a healthy run ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_healthy_run(tmp_path, capsys):
     picture = tmp_path / "new" / "run.png"
     healthy.main(["--epochs", "1", "--out", str(picture)])
@@ -170,6 +171,7 @@ def test_healthy_run_refuses(option, capsys):
 # --- the page --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_runs_and_its_picture_is_small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = snippets.run((DOCS / "diagnostics.md").read_text(), "diagnostics.md")

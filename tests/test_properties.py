@@ -45,6 +45,7 @@ def contract(case, contraction):
 # Row 1 -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 def test_captures_are_per_example_gradients(name):
     case = make_case(name)
@@ -59,6 +60,7 @@ def test_captures_are_per_example_gradients(name):
 # Rows 2, 3 ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 @pytest.mark.parametrize("factors", [exact_factors, location_factors])
 def test_traces_of_both_factors_are_equal(name, factors):
@@ -66,6 +68,7 @@ def test_traces_of_both_factors_are_equal(name, factors):
     assert np.trace(phi) == pytest.approx(np.trace(psi), rel=EXACT)
 
 
+@pytest.mark.sampled
 @every_case
 def test_exact_factors_are_partial_traces_of_the_fisher(name):
     case = make_case(name)
@@ -83,6 +86,7 @@ def test_exact_factors_are_partial_traces_of_the_fisher(name):
     assert relative(curvature.psi, psi / np.trace(psi)) <= EXACT
 
 
+@pytest.mark.sampled
 @every_case
 def test_location_and_plain_factors_follow_their_formulas(name):
     case = make_case(name)
@@ -114,6 +118,7 @@ def test_wide_layers_are_contracted_in_blocks(inputs):
 # Row 4 -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 def test_rescaling_is_the_diagonal_of_the_rotated_fisher(name):
     case = make_case(name)
@@ -126,6 +131,7 @@ def test_rescaling_is_the_diagonal_of_the_rotated_fisher(name):
     assert theta.sum() == pytest.approx(np.trace(f), rel=EXACT)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("t", "i", "o"), [(1, 5, 4), (3, 7, 5), (6, 9, 4), (6, 4, 9), (12, 5, 3)])
 def test_every_contraction_order_gives_the_same_rescaling(t, i, o):
     rng = np.random.default_rng(0)
@@ -136,6 +142,7 @@ def test_every_contraction_order_gives_the_same_rescaling(t, i, o):
     assert relative(rescaling(*map(jnp.array, (a, u, q_phi, q_psi))), expected) <= EXACT
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 21])
 def test_chunks_of_examples_add_up(n):
     case = make_case("conv strided")
@@ -167,6 +174,7 @@ def test_error_of_the_measured_diagonal(name, sibling):
         assert np.linalg.norm(f - oracles.operator(other)) ** 2 > error
 
 
+@pytest.mark.sampled
 @every_case
 @pytest.mark.parametrize("factors", ["exact", "location"])
 @pytest.mark.parametrize(("better", "worse"), [("tekfac", "tkfac"), ("ekfac", "kfac")])
@@ -264,6 +272,7 @@ def test_deep_linear_network_makes_tkfac_exact():
 # Row 10 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 @every_sibling
 def test_scaling_the_loss(name, sibling):
@@ -281,6 +290,7 @@ def test_scaling_the_loss(name, sibling):
     assert relative(scaled_update, update / c) <= 1e-10
 
 
+@pytest.mark.sampled
 @every_case
 @pytest.mark.parametrize("reduction", ["mean", "sum", 5.0])
 def test_reduction_undoes_what_the_loss_was_divided_by(name, reduction):
@@ -361,6 +371,7 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(name):
     assert float(theta.sum()) == pytest.approx(c.theta.sum(), rel=EXACT)
 
 
+@pytest.mark.sampled
 @every_case
 @pytest.mark.parametrize("sibling", ["tekfac", "ekfac"])
 def test_theta_follows_the_basis_when_it_is_refreshed(name, sibling):
@@ -385,6 +396,7 @@ def test_theta_follows_the_basis_when_it_is_refreshed(name, sibling):
 # Row 13 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 @every_sibling
 @pytest.mark.parametrize("damping", ["trace", 0.02])
@@ -402,6 +414,7 @@ def test_update_is_the_dense_solve(name, sibling, damping):
     assert (update * g).sum() > 0
 
 
+@pytest.mark.sampled
 @every_case
 @every_sibling
 def test_family_matches_its_definition(name, sibling):
@@ -424,6 +437,7 @@ def test_family_matches_its_definition(name, sibling):
     assert relative(curvature.theta.ravel(), np.diag(q.T @ f @ q)) <= 1e-10
 
 
+@pytest.mark.sampled
 @every_case
 def test_large_damping_is_the_scaled_gradient(name):
     case = make_case(name)
@@ -448,6 +462,7 @@ def test_running_rescaling_has_the_bias_that_is_stated():
     assert np.all(error <= MONTE_CARLO_SIGMAS * samples.std(axis=0) / np.sqrt(draws) + 1e-15)
 
 
+@pytest.mark.sampled
 @every_case
 def test_running_rescaling_is_the_squared_mean_gradient(name):
     case = make_case(name)
@@ -472,6 +487,7 @@ def _generalized_gauss_newton(case):
     return np.einsum("ntkp,ntkl,ntlq->pq", j, h, j) / n
 
 
+@pytest.mark.sampled
 @every_case
 def test_exact_fisher_is_the_generalized_gauss_newton_matrix(name):
     case = make_case(name)
@@ -516,6 +532,7 @@ def test_sampled_fisher_tends_to_the_generalized_gauss_newton_matrix(name):
 # Row 15 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @jax.numpy_dtype_promotion("standard")  # Flax's BatchNorm keeps float32 statistics
 def test_batch_norm_in_train_mode_keeps_the_sum():
     class Net(nn.Module):

@@ -39,6 +39,7 @@ def dampings(make, build, **options):
             for p, n in entries.items()}  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("make", READY)
 @pytest.mark.parametrize(
     ("options", "scale"),

@@ -132,6 +132,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, accumulate):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SCALE_BY)
 def test_update_with_reduced_statistics(name):
     """Θ is there from the second step on, measured in the basis of the first."""

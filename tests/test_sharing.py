@@ -319,6 +319,7 @@ def counting_eigh(monkeypatch):
     return done
 
 
+@pytest.mark.sampled
 @needs_devices
 @limited
 @pytest.mark.parametrize("how", ["mesh", "shard_map", "pmap"])
@@ -349,6 +350,7 @@ def test_each_decomposition_is_done_once(how, monkeypatch):
     assert_same(actual, expected, 1e-4)
 
 
+@pytest.mark.slow
 @needs_devices
 @limited
 @x64
@@ -367,6 +369,7 @@ def test_hyperparameters_are_injected_on_a_mesh():
     assert_same(actual, expected)
 
 
+@pytest.mark.slow
 @needs_devices
 @limited
 @x64
@@ -402,6 +405,7 @@ def test_a_batch_that_is_filled_up(mode):
     assert_same(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sibling", ["kfac", "ekfac"])
 def test_plain_factors_and_examples_that_do_not_count(sibling):
     """A does not see which examples are masked: no curvature comes of it, and a failure counts."""

@@ -148,6 +148,7 @@ _MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _MODELS)
 def test_stacked_and_repeated_layers_are_exact(name):

@@ -70,6 +70,7 @@ def test_gradient_descent_has_no_angle_and_ascent_turns_around():
         np.testing.assert_allclose(found["Dense_0/angle"], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_preconditioned_gradient_goes_downhill():
     _, grads, stats = tekfac.value_grad_and_stats(loss_fn, LAYERS)(PARAMS, X)
     tx = tekfac.tekfac(0.1, LAYERS)

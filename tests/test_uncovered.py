@@ -262,6 +262,7 @@ _UNCOVERED = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize("name", _UNCOVERED)
 def test_uncovered_layers_are_listed_with_a_reason(name):
@@ -446,6 +447,7 @@ _PENALTIES = {
 }
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _PENALTIES)
 def test_penalties_do_not_uncover_a_layer(name):

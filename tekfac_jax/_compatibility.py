@@ -1,0 +1,162 @@
+"""What tells the state of one optimizer from that of another, in a sentence."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from tekfac_jax._state import (
+    STATE_VERSION,
+    LayerState,
+    Meaning,
+    ScaleByTekfacState,
+    is_folded,
+)
+
+
+def is_known(x: Any) -> bool:
+    """Whether an array has values: under `jit` and of `jax.eval_shape` it has none."""
+    return isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, Tracer)
+
+
+def version_of(meaning: Meaning | None) -> int:
+    """Version of a state's layout; states of version 0 did not say so."""
+    return 0 if meaning is None else int(np.max(meaning.version))
+
+
+def check_state_fits(found: Any, expected: ScaleByTekfacState) -> None:
+    """Raises if an optimizer is given the state of another; `expected` may be shapes."""
+    if not isinstance(found, ScaleByTekfacState):
+        raise ValueError(
+            f"state= must be what init or the update before returned, got {type(found).__name__}"
+        )
+    if sentence := difference(found, expected):
+        raise ValueError(f"state= does not fit this optimizer: {sentence}")
+
+
+def difference(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
+    """The first difference between a state that was found and the one an optimizer expects.
+
+    Values are compared where both have them, shapes and dtypes always; `expected` may hold
+    `jax.ShapeDtypeStruct`.
+    """
+    return (
+        of_version(found)
+        or _of_paths(found, expected)
+        or _of_meaning(found.meaning, expected.meaning)
+        or next(filter(None, _of_each_layer(found, expected)), "")
+    )
+
+
+def differing_paths(found: Any, expected: Any) -> str:
+    """The same for the paths of layers alone."""
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        return f"The state has no layers {missing} and has {extra}, which the network has not."
+    return ""
+
+
+def differing_dimensions(path: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The same for a layer's (*lead, in[+1], out)."""
+    if found == expected:
+        return ""
+    return (
+        f"Layer {path!r} has in and out dimension {found} in the state and {expected} in the "
+        "network."
+    )
+
+
+def dimensions(layer: LayerState) -> tuple[int, ...]:
+    """(*lead, in[+1], out)."""
+    if is_folded(layer, "psi"):
+        return tuple(layer.theta.shape)
+    rows = layer.theta.shape[-2] if layer.q_phi is None else layer.q_phi.shape[-2]
+    return (*layer.theta.shape[:-2], rows, layer.q_psi.shape[-2])
+
+
+def too_new(version: int) -> str:
+    """Says that a later version of the library has written a state."""
+    if version <= STATE_VERSION:
+        return ""
+    return (
+        f"The state is of layout version {version}, and this version of tekfac_jax reads versions "
+        f"up to {STATE_VERSION}: update tekfac_jax."
+    )
+
+
+def of_version(found: ScaleByTekfacState) -> str:
+    """Says whether another version of the layout is found."""
+    without = any(layer.failed_in_a_row is None for layer in found.layers.values())
+    if found.meaning is None or without:
+        return (
+            f"The state is of layout version 0, of an earlier tekfac_jax, and {STATE_VERSION} is "
+            "expected: restore_state brings it up to date."
+        )
+    return too_new(version_of(found.meaning)) if is_known(found.meaning.version) else ""
+
+
+def _of_paths(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
+    return differing_paths(found.layers, expected.layers)
+
+
+def _of_meaning(found: Meaning | None, expected: Meaning | None) -> str:
+    if found is None or expected is None or not all(map(is_known, (*found, *expected))):
+        return ""
+    if describe(found) == describe(expected):
+        return ""
+    return (
+        f"The state is that of {describe(found)}, and the optimizer is {describe(expected)}: the "
+        "shapes are the same, the numbers are not."
+    )
+
+
+def describe(meaning: Meaning) -> str:
+    """The member of the family and the options that give the averages their meaning."""
+    plain, measured, location, running = (bool(np.max(x)) for x in meaning[1:])
+    name = {(True, False): "KFAC", (True, True): "EKFAC", (False, False): "TKFAC"}
+    member = name.get((plain, measured), "TEKFAC")
+    options = ['factors="location"'] * (location and not plain)
+    options += ['rescaling="running"'] * (running and measured)
+    return f"{member} with {' and '.join(options)}" if options else member
+
+
+def _of_each_layer(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> Any:
+    for path, layer in expected.layers.items():
+        yield _of_layer(path, found.layers[path], layer)
+
+
+def _of_layer(path: str, found: LayerState, expected: LayerState) -> str:
+    if found.phi is None or found.psi is None:
+        return (
+            f"Layer {path!r} has no factors in the state: restore_state(..., factors=False) "
+            "has them built anew."
+        )
+    if is_folded(found, "psi") != is_folded(expected, "psi"):
+        state, optimizer = ("with", "without") if is_folded(found, "psi") else ("without", "with")
+        return (
+            f"Layer {path!r} is {state} shard_state in the state and {optimizer} in the optimizer."
+        )
+    sizes = differing_dimensions(path, dimensions(found), dimensions(expected))
+    if sizes:
+        return sizes
+    kept, wanted = tuple(found.theta.shape[-2:]), tuple(expected.theta.shape[-2:])
+    if kept != wanted:
+        return (
+            f"Layer {path!r} keeps {kept} eigenvectors of its two sides in the state and {wanted} "
+            "in the optimizer: give it the basis_rank and max_dim of before."
+        )
+    return _of_arrays(path, found, expected)
+
+
+def _of_arrays(path: str, found: LayerState, expected: LayerState) -> str:
+    for name in LayerState._fields:
+        x, y = getattr(found, name), getattr(expected, name)
+        if (x is None) != (y is None) or (x is not None and tuple(x.shape) != tuple(y.shape)):
+            return f"{name!r} of layer {path!r} has another shape in the state than in the network."
+        if x is not None and x.dtype != y.dtype:
+            return (
+                f"{name!r} of layer {path!r} is {x.dtype} in the state and {y.dtype} in the "
+                "optimizer: give it the factor_dtype of before."
+            )
+    return ""
