@@ -1,5 +1,6 @@
 """What tells the state of one optimizer from that of another, in a sentence."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from tekfac_jax._state import (
 
 def is_known(x: Any) -> bool:
     """Whether an array has values: under `jit` and of `jax.eval_shape` it has none."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic) and not isinstance(x, Tracer)
+    return isinstance(x, jax.Array | np.ndarray | np.generic | int) and not isinstance(x, Tracer)
 
 
 def version_of(meaning: Meaning | None) -> int:
@@ -25,14 +26,26 @@ def version_of(meaning: Meaning | None) -> int:
     return 0 if meaning is None else int(np.max(meaning.version))
 
 
-def check_state_fits(found: Any, expected: ScaleByTekfacState) -> None:
+def check_state_fits(found: Any, expected: Any) -> None:
     """Raises if an optimizer is given the state of another; `expected` may be shapes."""
-    if not isinstance(found, ScaleByTekfacState):
-        raise ValueError(
-            f"state= must be what init or the update before returned, got {type(found).__name__}"
-        )
+    if broken := not_a_state(found):
+        raise ValueError(f"state= must be what init or the update before returned: {broken}")
     if sentence := difference(found, expected):
         raise ValueError(f"state= does not fit this optimizer: {sentence}")
+
+
+def not_a_state(found: Any) -> str:
+    """Says what was put in the place of a state of ours, or of a part of it."""
+    if not isinstance(found, ScaleByTekfacState):
+        return f"a {type(found).__name__} is no ScaleByTekfacState."
+    if not isinstance(found.layers, Mapping):
+        return f"its layers are a {type(found.layers).__name__} instead of a dict of LayerState."
+    for path, layer in found.layers.items():
+        if not isinstance(layer, LayerState):
+            return f"its layer {path!r} is a {type(layer).__name__} instead of a LayerState."
+    if not isinstance(found.meaning, Meaning | None):
+        return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
+    return ""
 
 
 def difference(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
@@ -46,6 +59,7 @@ def difference(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
         or _of_paths(found, expected)
         or _of_meaning(found.meaning, expected.meaning)
         or next(filter(None, _of_each_layer(found, expected)), "")
+        or _of_count(found.count, expected.count)
     )
 
 
@@ -119,6 +133,15 @@ def describe(meaning: Meaning) -> str:
     options = ['factors="location"'] * (location and not plain)
     options += ['rescaling="running"'] * (running and measured)
     return f"{member} with {' and '.join(options)}" if options else member
+
+
+def _of_count(found: Any, expected: Any) -> str:
+    kinds = [
+        f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}" for x in (found, expected)
+    ]
+    if kinds[0] == kinds[1]:
+        return ""
+    return f"The count of steps is {kinds[0]} in the state and {kinds[1]} in the optimizer."
 
 
 def _of_each_layer(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> Any:

@@ -13,11 +13,12 @@ from tekfac_jax._compatibility import (
     differing_paths,
     dimensions,
     is_known,
+    not_a_state,
     of_version,
 )
 from tekfac_jax._decomposition import residual
 from tekfac_jax._eigenbasis import eigenvalues_in, outside
-from tekfac_jax._layers import Layers
+from tekfac_jax._layers import Layers, check_layers
 from tekfac_jax._reduced import Basis
 from tekfac_jax._state import (
     ClipByKlState,
@@ -246,7 +247,7 @@ def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:
         empty string if there is nothing to say.
 
     Raises:
-        ValueError: there is no such state inside.
+        ValueError: there is no such state inside, or `layers` is something else.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
@@ -260,6 +261,7 @@ def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:
         The state is that of TEKFAC, and the optimizer is KFAC: the shapes are the same, the \
 numbers are not.
     """
+    check_layers(layers)
     return (
         _difference(opt_state, layers)
         or ("" if expected is None else _other_options(opt_state, expected))
@@ -336,6 +338,9 @@ def _find(opt_state: Any, kind: type) -> list[Any]:
             "there is no state of scale_by_tekfac or a sibling in this optimizer state "
             f"({type(opt_state).__name__}); pass what tx.init or tx.update returned"
         )
+    for state in found:
+        if kind is ScaleByTekfacState and (broken := not_a_state(state)):
+            raise ValueError(broken)
     return found
 
 

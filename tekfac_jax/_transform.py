@@ -83,7 +83,9 @@ def _algorithm(
             meaning=_meaning(member, options),
         )
 
-    expected_state: Any = functools.cache(lambda: jax.eval_shape(init, None))
+    @functools.cache
+    def expected_state() -> Any:
+        return jax.eval_shape(init, None)._replace(meaning=_meaning(member, options))
 
     def update(
         updates: Any,

@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
     """The first of every few cases of a `sampled` test stays; the others are `slow`."""
     cases = collections.Counter()
     for item in items:
-        if item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
             test = item.nodeid.split("[")[0]
             if cases[test] % EVERY:
                 item.add_marker(pytest.mark.slow)

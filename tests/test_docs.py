@@ -60,6 +60,13 @@ def test_questions_run():
     assert not set(namespace["layers"]) & {"BatchNorm_0"}
 
 
+@pytest.mark.filterwarnings("ignore")  # of orbax
+def test_checkpoints_are_restored():
+    namespace = snippets.run(page("checkpoints.md"), "checkpoints.md")
+    sentence = tekfac_jax.check_state(namespace["opt_state"], namespace["layers"])
+    assert sentence == ""  # nothing was known yet, so that nothing is missing
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_other_python_parses(name):
     """Fragments, which need a loop around them, are marked ``py``."""

@@ -218,6 +218,7 @@ def mesh_of(*shape, names=("data", "model")):
 @limited
 @x64
 @pytest.mark.parametrize("mode", ["raw", pytest.param("reduced", marks=pytest.mark.slow)])
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("shape", "kernels", "options"),
     [
@@ -258,7 +259,8 @@ class ShardedRun:
 @needs_devices
 @limited
 @x64
-@pytest.mark.parametrize("mode", ["raw", pytest.param("reduced", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["raw", "reduced"])
 def test_a_divided_state_gives_the_same_numbers(mode, tmp_path):
     """On two devices, then from a checkpoint on four; what is read of it is whole."""
     network = Network(mode)
