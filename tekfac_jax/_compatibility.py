@@ -43,8 +43,29 @@ def not_a_state(found: Any) -> str:
     for path, layer in found.layers.items():
         if not isinstance(layer, LayerState):
             return f"its layer {path!r} is a {type(layer).__name__} instead of a LayerState."
+        if broken := _no_array(path, layer):
+            return broken
     if not isinstance(found.meaning, Meaning | None):
         return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
+    for name, value in (found.meaning or _UNSAID)._asdict().items():
+        kind = str(getattr(value, "dtype", type(value).__name__))
+        if not kind.startswith(("int", "bool")):
+            return f"{name!r} of its meaning is {value!r} instead of a number or a boolean."
+    return ""
+
+
+_UNSAID = Meaning(0, False, False, False, False)  # what a state of version 0 means
+
+
+# What may be None: of an embedding, without factors, and in a state of version 0.
+_OPTIONAL = {"q_phi", "phi", "psi", "failed_in_a_row", "fallen_back"}
+
+
+def _no_array(path: str, layer: LayerState) -> str:
+    for name, value in layer._asdict().items():
+        is_left_out = value is None and name in _OPTIONAL
+        if not (is_left_out or (hasattr(value, "shape") and hasattr(value, "dtype"))):
+            return f"{name!r} of layer {path!r} is a {type(value).__name__} instead of an array."
     return ""
 
 
@@ -55,11 +76,11 @@ def difference(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
     `jax.ShapeDtypeStruct`.
     """
     return (
-        of_version(found)
+        _of_scalars(found, expected)
+        or of_version(found)
         or _of_paths(found, expected)
         or _of_meaning(found.meaning, expected.meaning)
         or next(filter(None, _of_each_layer(found, expected)), "")
-        or _of_count(found.count, expected.count)
     )
 
 
@@ -135,13 +156,16 @@ def describe(meaning: Meaning) -> str:
     return f"{member} with {' and '.join(options)}" if options else member
 
 
-def _of_count(found: Any, expected: Any) -> str:
-    kinds = [
-        f"{getattr(x, 'dtype', type(x).__name__)}{list(np.shape(x))}" for x in (found, expected)
-    ]
-    if kinds[0] == kinds[1]:
-        return ""
-    return f"The count of steps is {kinds[0]} in the state and {kinds[1]} in the optimizer."
+def _of_scalars(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
+    for name in ("count", "due"):
+        kinds = [_kind(getattr(state, name)) for state in (found, expected)]
+        if kinds[0] != kinds[1]:
+            return f"{name!r} is {kinds[0]} in the state and {kinds[1]} in the optimizer."
+    return ""
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
 
 
 def _of_each_layer(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> Any:

@@ -179,6 +179,12 @@ def mistakes() -> dict[str, Callable[[Any], Any]]:
             running.update, grads, first, params, batch_size=mutated(number, r)
         ),
         "state": lambda r: traced(tx.update, grads, r.choice(JUNK), params, stats=stats),
+        "part of a state": lambda r: traced(
+            tx.update, grads, mutated(state, r), params, stats=stats
+        ),
+        "saved state": lambda r: tekfac.restore_state(mutated(state, r), state),
+        "place of a saved state": lambda r: tekfac.restore_state(state, mutated(state, r)),
+        "layers of a state": lambda r: tekfac.check_state(state, mutated(number, r)),
         "state of a ready optimizer": lambda r: traced(
             ready.update, grads, r.choice([*JUNK, state]), params, stats=stats
         ),

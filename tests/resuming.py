@@ -79,12 +79,13 @@ def train(folder, *, kill):
         last = manager.latest_step()
         if last is not None:
             first, state = last + 1, manager.restore(last, args=ocp.args.StandardRestore(state))
-        for k, state_now in enumerate(run.go_on(*state, first), first):
+        for k, after in enumerate(run.go_on(*state, first), first):
             manager.wait_until_finished()
             if kill and k == KILLED_AFTER:
                 threading.Thread(target=_kill_in_the_middle_of_a_save, args=(folder,)).start()
-            manager.save(k, args=ocp.args.StandardSave(state_now))
-        return state_now
+            manager.save(k, args=ocp.args.StandardSave(after))
+            state = after
+        return state
 
 
 if __name__ == "__main__":

@@ -575,6 +575,7 @@ def task():
     return Task(load_dataset("digits", subset=640), WithNorm(), batch_size=64)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns_and_repeats_itself(task, name):
     trainer = Trainer(task, name, FREQUENT)
@@ -590,7 +591,7 @@ def test_every_optimizer_learns_and_repeats_itself(task, name):
     assert losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "data", "rate", "accuracy"),
     [
@@ -664,6 +665,7 @@ def test_search_survives_divergence():
 # --- the whole -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whole_comparison(tmp_path, capsys):
     main(
         [

@@ -145,6 +145,7 @@ _CONV = {
 _TYPES = {**_DENSE, **_EINSUM, **_CONV}
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _TYPES)
 def test_layer_types_are_exact(name):
@@ -261,6 +262,7 @@ _STYLES = {
 }
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _STYLES)
 def test_styles_of_models_are_exact(name):

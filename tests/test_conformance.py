@@ -190,6 +190,7 @@ def test_wrappers_change_nothing(wrapper):
     assert_close(tekfac.curvature(state), tekfac.curvature(expected_state))
 
 
+@pytest.mark.sampled
 @every_transform
 def test_wrappers_in_one_another(name):
     tx = make(name)
@@ -212,6 +213,7 @@ def _apart(params):
     return jax.tree_util.tree_map_with_path(lambda path, _: label[path[0].key], params)
 
 
+@pytest.mark.sampled
 @every_transform
 def test_a_layer_that_is_masked_out(name):
     """It goes elsewhere or passes unchanged; the others are as they were."""
@@ -313,6 +315,7 @@ def test_map_over_the_parameters_in_the_state(name):
         assert sum(changed) == 3 + 2 * 2
 
 
+@pytest.mark.sampled
 @every_transform
 def test_half_precision_gradients(name):
     tx = make(name)
@@ -330,6 +333,7 @@ def test_half_precision_gradients(name):
     }  # fmt: skip
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["scale_by_tekfac", "scale_by_kfac", "clip", "running", "trace"])
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_strict_promotion(name, wide):

@@ -96,6 +96,7 @@ def test_a_basis_that_still_fits_is_kept_to_the_bit(d, r, monkeypatch):
     assert decomposed == orthogonalised == []
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize(("d", "r"), [(40, 40), (40, 10)])
 def test_a_basis_that_nearly_fits_costs_no_decomposition(d, r, monkeypatch):
@@ -123,6 +124,7 @@ def test_where_passes_do_not_suffice_it_is_eigh(r, valid, monkeypatch):
     np.testing.assert_array_equal(new, eigenvectors(phi)[:, d - r :])
 
 
+@pytest.mark.slow
 @x64
 @settings(deadline=None, max_examples=20)
 @given(d=st.sampled_from([6, 13, 24]), seed=st.integers(0, 99))
@@ -203,7 +205,7 @@ def states_of(name, eigenbasis, rank, steps=5):
     return updates, state
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", ["dense", "conv strided", "conv dilated no bias"])

@@ -141,7 +141,7 @@ def _shard_map(step, **options):
         ),
     ],
 )
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
 def test_several_devices_are_one(over_devices, mean_over, build, mode):
     step, params, tx, x = training_step(build=build, mode=mode)

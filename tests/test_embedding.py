@@ -131,6 +131,7 @@ class Case:
         return self.table(updates), self.table(grads), tekfac.curvature(state)[self.path]
 
 
+@pytest.mark.sampled
 @x64
 @every_case
 def test_embeddings_are_captured(name):
@@ -275,6 +276,7 @@ def test_training_with_momentum_and_clip():
     assert not unnamed.any()
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("name", ["tied", "tied ensemble", "head alone"])
 def test_reduced_statistics_of_a_tied_table(name):

@@ -118,6 +118,7 @@ def test_staggered_layers_are_refreshed_one_by_one(monkeypatch):
     assert {len(shape) for shape in shapes if shape[-1] > 2} == {2}
 
 
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.usefixtures("stacked")
 def test_one_bad_factor_leaves_the_others_of_its_size():

@@ -50,7 +50,7 @@ WAYS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 @pytest.mark.filterwarnings("ignore:.*pmap:DeprecationWarning")
@@ -65,6 +65,7 @@ def test_four_devices_are_one(way, expected):
 # --- the scaling benchmark -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 def test_scaling_counts_what_travels():

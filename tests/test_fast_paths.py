@@ -70,7 +70,7 @@ def test_rescaling_in_every_order(order, lead, n, t, i, o, r, p, seed):
     assert relative(found, (g**2).sum(axis=-3)) <= EXACT
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("way", ["pairs of positions", "example by example", "all at once"])
 @settings(deadline=None, max_examples=25)
@@ -324,7 +324,7 @@ def curvature_of_some(name, number, **options):
     return tekfac.curvature(state)[case.path]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("name", ["dense", "dense positions", "conv strided"])
 @pytest.mark.parametrize("number", [1, 2, 3, 6])
@@ -342,7 +342,7 @@ def test_curvature_of_some_examples(name, number):
     assert relative(found.theta, (rotated**2).mean(axis=0)) <= EXACT
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("number", [13, 100])
 def test_all_examples_are_no_part(number):
@@ -351,6 +351,7 @@ def test_all_examples_are_no_part(number):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @x64
 def test_a_batch_filled_up_at_its_end_counts_the_same_share():
     """Of 12 examples 6 only fill up; every second one is taken: 3 of those that count."""
@@ -371,6 +372,7 @@ def test_a_batch_filled_up_at_its_end_counts_the_same_share():
     assert float(found.delta) == pytest.approx((g**2).sum() / 3, rel=EXACT)
 
 
+@pytest.mark.slow
 @needs_devices
 @x64
 @pytest.mark.timeout(240)

@@ -203,7 +203,7 @@ def reader(ids):
     return nn.Dense(3)(jnp.tanh(x).reshape(len(x), -1))
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.parametrize("build", [words, reader])
 def test_every_kind_of_layer_raw_and_reduced(build):
@@ -244,6 +244,7 @@ def test_every_kind_of_layer_raw_and_reduced(build):
         assert relative_error(one, other) <= 1e-9
 
 
+@pytest.mark.slow
 @needs_devices
 @x64
 @pytest.mark.timeout(240)

@@ -223,6 +223,7 @@ def test_reduced_statistics_are_the_same(name):
     assert relative_error(operator, case.blocks()) <= EXACT
 
 
+@pytest.mark.slow
 @x64_standard
 def test_a_scale_of_zero_is_captured():
     """What is scaled is computed from the input: dividing the output by the scale would not do."""
@@ -348,7 +349,7 @@ NNX = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NNX)
 def test_nnx_captures_what_linen_does(name):
     linen_norm, nnx_norm = NNX[name]

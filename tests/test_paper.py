@@ -170,6 +170,7 @@ def slow(now, trainer):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of orbax
 def test_time_that_is_over_leaves_a_checkpoint(tmp_path, trainer, whole, monkeypatch):
     store = runs.Store(tmp_path)
@@ -325,6 +326,7 @@ def records(directory):
     return [json.loads(path.read_text()) for path in (directory / "runs").glob("*.json")]
 
 
+@pytest.mark.slow
 def test_every_optimizer_has_the_same_budget(out):
     found = records(out)
     for label in ("TEKFAC", "SGDM"):
@@ -352,6 +354,7 @@ def test_same_command_has_nothing_left_to_do(tiny, out, monkeypatch, capsys):
     assert "seed" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_grid_of_numbers_is_one_compilation(tiny, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(paper, "Trainer", lambda *a: made.append(a) or Trainer(*a))
@@ -440,6 +443,7 @@ def test_unfinished_experiment_is_reported(out, tmp_path):
     assert row(text, "SGDM")[1:4] == ["–", "–", "–"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed",
     [{"settings": {"learning_rate": 7.0}}, {"epochs": 3}, {"seed": 9}, {"task": {}}],

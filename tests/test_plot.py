@@ -50,6 +50,7 @@ def test_lines_are_the_numbers():
     figure.canvas.draw()
 
 
+@pytest.mark.slow
 def test_everything_that_diagnostics_returns_has_a_panel(state):
     scalars = tekfac.diagnostics(state)
     figure = plot.history([scalars, scalars])

@@ -142,7 +142,7 @@ def test_every_contraction_order_gives_the_same_rescaling(t, i, o):
     assert relative(rescaling(*map(jnp.array, (a, u, q_phi, q_psi))), expected) <= EXACT
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 21])
 def test_chunks_of_examples_add_up(n):
     case = make_case("conv strided")
@@ -487,7 +487,7 @@ def _generalized_gauss_newton(case):
     return np.einsum("ntkp,ntkl,ntlq->pq", j, h, j) / n
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @every_case
 def test_exact_fisher_is_the_generalized_gauss_newton_matrix(name):
     case = make_case(name)
@@ -506,6 +506,7 @@ def test_exact_fisher_is_the_generalized_gauss_newton_matrix(name):
     assert relative(c.psi, psi / np.trace(f)) <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "dense positions", "conv strided"])
 def test_sampled_fisher_tends_to_the_generalized_gauss_newton_matrix(name):
     case, draws = make_case(name), 2000

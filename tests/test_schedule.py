@@ -97,6 +97,7 @@ def test_it_continues_where_it_was():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @needs_devices
 @x64
 @pytest.mark.timeout(240)

@@ -321,7 +321,7 @@ def counting_eigh(monkeypatch):
     return done
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @needs_devices
 @limited
 @pytest.mark.parametrize("how", ["mesh", "shard_map", "pmap"])
@@ -442,6 +442,7 @@ def test_more_examples_than_there_are(mode):
     assert not any(layer.basis_valid for layer in state.layers.values())
 
 
+@pytest.mark.slow
 @needs_devices
 @limited
 @x64

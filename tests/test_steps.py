@@ -101,6 +101,7 @@ def test_half_precision_is_compared_in_single():
     np.testing.assert_allclose(found["Dense_0/angle"], 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stacked_layers_show_the_largest():
     ensemble = nn.vmap(
         nn.Dense, in_axes=None, variable_axes={"params": 0}, split_rngs={"params": True},

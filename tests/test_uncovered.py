@@ -345,6 +345,7 @@ def test_transformations_that_hide_the_layers_are_refused(name):
         tekfac.find_layers(loss, params, x)
 
 
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize(
     ("name", "refused"),
