@@ -21,6 +21,11 @@ def is_known(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | int) and not isinstance(x, Tracer)
 
 
+def is_integer(x: Any) -> bool:
+    """Whether a number or an array, with or without values, is of integers or booleans."""
+    return str(getattr(x, "dtype", type(x).__name__)).startswith(("int", "bool"))
+
+
 def version_of(meaning: Meaning | None) -> int:
     """Version of a state's layout; states of version 0 did not say so."""
     return 0 if meaning is None else int(np.max(meaning.version))
@@ -48,8 +53,7 @@ def not_a_state(found: Any) -> str:
     if not isinstance(found.meaning, Meaning | None):
         return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
     for name, value in (found.meaning or _UNSAID)._asdict().items():
-        kind = str(getattr(value, "dtype", type(value).__name__))
-        if not kind.startswith(("int", "bool")):
+        if not is_integer(value):
             return f"{name!r} of its meaning is {value!r} instead of a number or a boolean."
     return ""
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tekfac_jax._compatibility import difference, differing_paths, is_known, too_new
+from tekfac_jax._compatibility import difference, differing_paths, is_integer, is_known, too_new
 from tekfac_jax._state import ADDED, LayerState, ScaleByTekfacState
 
 _FACTORS = ("phi", "psi")
@@ -93,6 +93,7 @@ def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
         found = _brought_up(found, fresh, root)
         found = _factors_of(found, fresh, root) if factors else _fresh_factors(found, fresh, root)
     _check_names(found, fresh)
+    _check_arrays(found, fresh)
     restored = jax.tree.unflatten(jax.tree.structure(opt_state), [found[name] for name in fresh])
     for root, state in _ours(restored).items():
         if sentence := difference(state, ours[root]):
@@ -134,7 +135,8 @@ def _check_is_array(state: ScaleByTekfacState) -> None:
 def _check_layers(found: Mapping[Name, Any], fresh: Mapping[Name, Any], root: Name) -> None:
     root = (*root, "layers")
     paths, expected = (
-        {name[len(root)] for name in _under(leaves, root)} for leaves in (found, fresh)
+        {name[len(root)] for name in _under(leaves, root) if len(name) > len(root)}
+        for leaves in (found, fresh)
     )
     if sentence := differing_paths(paths, expected):
         raise ValueError(f"saved= does not fit the optimizer: {sentence}")
@@ -145,7 +147,12 @@ def _brought_up(found: dict[Name, Any], fresh: Mapping[Name, Any], root: Name) -
 
     Version 0 did not say whose state it was; it is taken for one of the optimizer given.
     """
-    version = int(np.max(found.get((*root, "meaning", "version"), 0)))
+    saved = found.get((*root, "meaning", "version"), 0)
+    if not (is_integer(saved) and is_known(saved) and np.size(saved)):
+        raise ValueError(
+            f"saved= cannot be read: the version of its layout is {saved!r}, no number"
+        )
+    version = int(np.max(saved))
     if sentence := too_new(version):
         raise ValueError(f"saved= cannot be read: {sentence}")
 
@@ -188,6 +195,16 @@ def _check_names(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
             f"saved= does not fit the optimizer: it has no {missing[:3]} and has {extra[:3]}, "
             f"which the optimizer has not ({len(missing)} and {len(extra)} in all)."
         )
+
+
+def _check_arrays(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
+    for name, like in fresh.items():
+        value = found[name]
+        if hasattr(like, "dtype") and not (hasattr(value, "dtype") and hasattr(value, "shape")):
+            raise ValueError(
+                f"saved= does not fit the optimizer: {'/'.join(name)} is a {type(value).__name__} "
+                "instead of an array"
+            )
 
 
 def _placed(name: Name, value: Any, like: Any) -> Any:
