@@ -53,7 +53,7 @@ def not_a_state(found: Any) -> str:
     if not isinstance(found.meaning, Meaning | None):
         return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
     for name, value in (found.meaning or _UNSAID)._asdict().items():
-        if not is_integer(value):
+        if not is_integer(value) or 0 in np.shape(value):
             return f"{name!r} of its meaning is {value!r} instead of a number or a boolean."
     return ""
 

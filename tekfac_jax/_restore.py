@@ -1,13 +1,20 @@
 """What is saved of a state, and how it is taken up again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tekfac_jax._compatibility import difference, differing_paths, is_integer, is_known, too_new
+from tekfac_jax._compatibility import (
+    difference,
+    differing_paths,
+    is_integer,
+    is_known,
+    not_a_state,
+    too_new,
+)
 from tekfac_jax._state import ADDED, LayerState, ScaleByTekfacState
 
 _FACTORS = ("phi", "psi")
@@ -88,7 +95,7 @@ def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
     found = _leaves_by_name(saved)
     fresh = _leaves_by_name(opt_state)
     for root, state in ours.items():
-        _check_is_array(state)
+        _check_place(state)
         _check_layers(found, fresh, root)
         found = _brought_up(found, fresh, root)
         found = _factors_of(found, fresh, root) if factors else _fresh_factors(found, fresh, root)
@@ -110,14 +117,21 @@ def _named(path: Any) -> Name:
 
 
 def _leaves_by_name(tree: Any) -> dict[Name, Any]:
-    return {_named(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {_named(path): leaf for path, leaf in _with_paths(tree)}
+
+
+def _with_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    try:
+        return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    except ValueError as error:  # keys of several types cannot be sorted
+        raise ValueError(
+            f"saved= and opt_state= must be pytrees, whose dicts have keys of one type: {error}"
+        ) from error
 
 
 def _ours(tree: Any) -> dict[Name, ScaleByTekfacState]:
     """Our states and their places."""
-    nodes = jax.tree_util.tree_leaves_with_path(
-        tree, is_leaf=lambda node: isinstance(node, ScaleByTekfacState)
-    )
+    nodes = _with_paths(tree, lambda node: isinstance(node, ScaleByTekfacState))
     return {_named(path): node for path, node in nodes if isinstance(node, ScaleByTekfacState)}
 
 
@@ -125,7 +139,9 @@ def _under(names: Mapping[Name, Any], root: Name) -> list[Name]:
     return [name for name in names if name[: len(root)] == root]
 
 
-def _check_is_array(state: ScaleByTekfacState) -> None:
+def _check_place(state: ScaleByTekfacState) -> None:
+    if broken := not_a_state(state):
+        raise ValueError(f"opt_state= must be what tx.init(params) returns: {broken}")
     if not all(map(is_known, jax.tree.leaves(state))):
         raise ValueError(
             "opt_state= must hold arrays, not shapes: pass tx.init(params) itself, outside of jit"
@@ -200,10 +216,10 @@ def _check_names(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
 def _check_arrays(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
     for name, like in fresh.items():
         value = found[name]
-        if hasattr(like, "dtype") and not (hasattr(value, "dtype") and hasattr(value, "shape")):
+        if hasattr(like, "dtype") and not (hasattr(value, "dtype") and is_known(value)):
             raise ValueError(
                 f"saved= does not fit the optimizer: {'/'.join(name)} is a {type(value).__name__} "
-                "instead of an array"
+                "instead of an array with values"
             )
 
 
