@@ -241,6 +241,7 @@ def test_moments_hold_both_ends(steps, points, expected):
     assert approximation.moments(steps, points) == expected
 
 
+@pytest.mark.slow
 def test_command_writes_what_it_prints(tmp_path, capsys):
     approximation.main([*SMALL, "--points", "2", "--examples", "16", "--out", str(tmp_path)])
     printed = capsys.readouterr().out

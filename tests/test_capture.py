@@ -669,6 +669,7 @@ def test_value_and_gradient_are_bit_identical(case):
     assert_sums_to_gradient(layers, stats, grads, SINGLE)
 
 
+@pytest.mark.slow
 def test_slots_by_hand_give_the_same_captures():
     loss, params, x = attention_case()
     layers = tekfac.find_layers(loss, params, x)

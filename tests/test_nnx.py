@@ -184,6 +184,7 @@ def test_a_tied_table_is_captured_whole():
     assert_sums_to_gradient(layers, stats, nnx.as_pure(grads), 1e-4)
 
 
+@pytest.mark.slow
 def test_reduced_statistics_are_those_of_linen():
     """With the basis of nnx's own optimizer state."""
     _, _, model, ids = both()

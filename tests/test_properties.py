@@ -243,6 +243,7 @@ def test_one_example_makes_tkfac_exact():
     assert relative(_operators(a, u)["tkfac"], f) <= EXACT
 
 
+@pytest.mark.slow
 def test_deep_linear_network_makes_tkfac_exact():
     class Linear(nn.Module):
         @nn.compact

@@ -158,6 +158,7 @@ def test_update_with_reduced_statistics(name):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_running_rescaling_with_reduced_statistics():
     """Θ comes from the gradient; the size of its batch is given."""
     case = Case()

@@ -67,7 +67,11 @@ def by_name_from_flax(saved, fresh, folder):
 
 
 @of_orbax
-@pytest.mark.parametrize("options", [{}, {"stagger": True}], ids=["together", "staggered"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"stagger": True}],
+    ids=["together", "staggered"],
+)
 def test_resumed_at_any_step_it_is_the_same_run(options, tmp_path):
     run = Run(**options)
     states = [on_host(state) for state in run.go_on(*run.start(), 0)]

@@ -247,6 +247,7 @@ def test_stacked_layers_train_as_separate_ones(name):
         np.testing.assert_allclose(diagnostics[f"blocks/{layer}/trace"], sum(each), rtol=EXACT)
 
 
+@pytest.mark.slow
 def test_one_bad_member_leaves_the_others_alone():
     """A layer of the stack with NaN keeps its last curvature; its neighbours go on."""
     model, x = Net(ensemble), randn(6, 4)
