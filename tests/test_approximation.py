@@ -233,7 +233,6 @@ def test_what_is_no_theorem_is_counted():
 SMALL = ["--subset", "96", "--width", "2", "--batch-size", "32", "--epochs", "2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "points", "expected"), [(220, 3, [0, 55, 220]), (2, 5, [0, 1, 2]), (9, 2, [0, 9])]
 )
