@@ -62,7 +62,7 @@ def steps(scale_by, number=3, **options):
 INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.parametrize(
     ("scale_by", "intervals", "options"),

@@ -205,7 +205,7 @@ class Formed:
         return found, state
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("intervals", [(1, 1, 1), (1, 2, 3), (3, 2, 1), (2, 1, 2)])

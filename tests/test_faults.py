@@ -158,6 +158,7 @@ def test_a_gradient_that_is_no_number_is_not_hidden():
         assert_curvature_is(after, state, path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs four devices")
 def test_half_of_the_devices_see_no_numbers():
     """All devices agree that the step's statistics are of no use."""

@@ -104,7 +104,7 @@ def truncated(name, sibling="tekfac", rank=2, **options):
     return update, state, tekfac.curvature(state)[make_case(name).path]
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @x64
 @every_case
 @every_sibling

@@ -39,7 +39,7 @@ def dampings(make, build, **options):
             for p, n in entries.items()}  # fmt: skip
 
 
-@pytest.mark.sampled
+@pytest.mark.slow
 @pytest.mark.parametrize("make", READY)
 @pytest.mark.parametrize(
     ("options", "scale"),

@@ -115,6 +115,7 @@ def test_restored_where_the_fresh_state_lies():
 # --- without factors ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @of_orbax
 def test_without_factors_they_are_built_anew(tmp_path):
     """The basis and Θ go on as they were; the next statistics are the new factors."""
