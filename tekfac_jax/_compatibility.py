@@ -108,7 +108,7 @@ def differing_dimensions(path: str, found: tuple[int, ...], expected: tuple[int,
 
 def dimensions(layer: LayerState) -> tuple[int, ...]:
     """(*lead, in[+1], out)."""
-    if is_folded(layer, "psi"):
+    if is_folded(layer, "q_psi"):
         return tuple(layer.theta.shape)
     rows = layer.theta.shape[-2] if layer.q_phi is None else layer.q_phi.shape[-2]
     return (*layer.theta.shape[:-2], rows, layer.q_psi.shape[-2])
@@ -177,12 +177,19 @@ def _of_each_layer(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> A
         yield _of_layer(path, found.layers[path], layer)
 
 
+def no_factors(path: str, found: LayerState) -> str:
+    """Says whether Φ and Ψ were left out, by `without_factors`."""
+    if found.phi is not None and found.psi is not None:
+        return ""
+    return (
+        f"Layer {path!r} has no factors in the state: restore_state(..., factors=False) "
+        "has them built anew."
+    )
+
+
 def _of_layer(path: str, found: LayerState, expected: LayerState) -> str:
-    if found.phi is None or found.psi is None:
-        return (
-            f"Layer {path!r} has no factors in the state: restore_state(..., factors=False) "
-            "has them built anew."
-        )
+    if missing := no_factors(path, found):
+        return missing
     if is_folded(found, "psi") != is_folded(expected, "psi"):
         state, optimizer = ("with", "without") if is_folded(found, "psi") else ("without", "with")
         return (

@@ -13,6 +13,7 @@ from tekfac_jax._compatibility import (
     differing_paths,
     dimensions,
     is_known,
+    no_factors,
     not_a_state,
     of_version,
 )
@@ -94,7 +95,7 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
             ),
         )
 
-    return {path: read(unfolded(layer)) for path, layer in _layer_states(opt_state).items()}
+    return {path: read(layer) for path, layer in _whole_layers(opt_state).items()}
 
 
 def stats_due(opt_state: Any) -> jax.Array:
@@ -210,8 +211,7 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
         return jnp.max(residual(unit_trace(factor, q), q))
 
     scalars = {}
-    for path, layer in _layer_states(opt_state).items():
-        layer = unfolded(layer)
+    for path, layer in _whole_layers(opt_state).items():
         scalars |= {
             f"{path}/trace": jnp.sum(
                 debiased(jnp.sum(layer.theta, (-2, -1)) + layer.rest, layer.theta_weight)
@@ -306,7 +306,12 @@ def _difference(opt_state: Any, layers: Layers) -> str:
         )
         for path, spec in layers.items()
     )
-    return differing_paths(states, layers) or next(filter(None, sizes), "")
+    left_out = (no_factors(path, layer) for path, layer in states.items())
+    return (
+        differing_paths(states, layers)
+        or next(filter(None, sizes), "")
+        or next(filter(None, left_out), "")
+    )
 
 
 def _kept_share(layer: LayerState) -> jax.Array:
@@ -329,6 +334,14 @@ def _layer_states(opt_state: Any) -> dict[str, LayerState]:
     for state in _find(opt_state, ScaleByTekfacState):
         states |= state.layers
     return states
+
+
+def _whole_layers(opt_state: Any) -> dict[str, LayerState]:
+    """The layers with their matrices as such; raises if factors are left out."""
+    states = _layer_states(opt_state)
+    if missing := next(filter(None, (no_factors(p, layer) for p, layer in states.items())), ""):
+        raise ValueError(missing)
+    return {path: unfolded(layer) for path, layer in states.items()}
 
 
 def _find(opt_state: Any, kind: type) -> list[Any]:

@@ -117,7 +117,7 @@ def test_restored_where_the_fresh_state_lies():
 
 @pytest.mark.slow
 @of_orbax
-def test_without_factors_they_are_built_anew(tmp_path):
+def test_without_factors_they_asays_built_anew(tmp_path):
     """The basis and Θ go on as they were; the next statistics are the new factors."""
     run = Run(factor_interval=5, eigenbasis_interval=5, rescaling_interval=5)
     *_, (params, opt_state) = run.go_on(*run.start(), 0, 7)
@@ -133,7 +133,7 @@ def test_without_factors_they_are_built_anew(tmp_path):
     for source in (read, saved, opt_state):
         restored = tekfac.restore_state(source, run.tx.init(params), factors=False)
         sentence = tekfac.check_state(restored, run.layers)
-        assert re_built_anew(sentence)
+        assert says_built_anew(sentence)
         after = tekfac.curvature(restored)
         for path in run.layers:
             assert_same_bits(
@@ -152,7 +152,7 @@ def test_without_factors_they_are_built_anew(tmp_path):
         np.testing.assert_array_equal(new.q_phi, before[path].q_phi)
 
 
-def re_built_anew(sentence):
+def says_built_anew(sentence):
     return sentence.startswith("Layer 'conv' has an eigenbasis and no factors: they are built anew")
 
 
@@ -175,6 +175,10 @@ def test_a_state_without_factors_is_refused_as_it_is():
         tekfac.restore_state(saved, run.tx.init(run.params))
     with pytest.raises(ValueError, match="'conv' has no factors in the state: restore_state"):
         run.tx.update(run.params, saved, run.params)
+    assert tekfac.check_state(saved, run.layers).startswith("Layer 'conv' has no factors")
+    for read in (tekfac.curvature, tekfac.diagnostics):
+        with pytest.raises(ValueError, match="'conv' has no factors in the state: restore_state"):
+            read(saved)
 
 
 # --- of an earlier version ----------------------------------------------------------------------
