@@ -116,8 +116,16 @@ def sampled(
     return jax.tree.map(some, captures), number / captured
 
 
-def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, theta: bool) -> None:
-    """Raises if reduced statistics are not what a transformation needs."""
+def check_reduced(
+    stats: ReducedStatistics,
+    layers: Layers,
+    factors: Factors,
+    theta: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    """Raises if reduced statistics are not what a transformation needs.
+
+    `theta` holds the shape of each layer's Θ, or is None where Θ is not used.
+    """
     if stats.factors != factors:
         raise ValueError(
             f'stats hold "{stats.factors}" factors, this transformation needs "{factors}": pass '
@@ -125,28 +133,28 @@ def check_reduced(stats: ReducedStatistics, layers: Layers, factors: Factors, th
         )
     for path, spec in layers.items():
         reduced = stats.layers[path]
-        if theta and reduced.theta is None:
+        if theta is not None and reduced.theta is None:
             raise ValueError(
                 "stats lack Θ, which this transformation measures: pass opt_state= to the function "
                 'that value_grad_and_stats(..., mode="reduced") returns'
             )
         i, o, lead = spec.in_dim, spec.out_dim, spec.lead
-        phi = (*lead, i, i) if spec.has_input_basis else (*lead, i)
-        if reduced.phi.shape != phi:
-            raise ValueError(
-                f"stats of layer {path!r} have shape {reduced.phi.shape} on the input side, the "
-                f"layer {phi}: call find_layers again"
-            )
-        if theta and (reduced.theta.ndim != len(lead) + 2 or jnp.shape(reduced.rest) != lead):
-            raise ValueError(
-                f"stats of layer {path!r} have Θ of shape {reduced.theta.shape} and a rest of "
-                f"shape {jnp.shape(reduced.rest)}, which must be {lead} and two axes, and {lead}"
-            )
-        if reduced.psi.shape != (*lead, o, o):
-            raise ValueError(
-                f"stats of layer {path!r} have shape {reduced.psi.shape} on the output side, the "
-                f"layer has {spec.lead} times {spec.out_dim} outputs: call find_layers again"
-            )
+        shapes = {"phi": (*lead, i, i) if spec.has_input_basis else (*lead, i)}
+        shapes["psi"] = (*lead, o, o)
+        if theta is not None:
+            shapes |= {"theta": theta[path], "rest": lead}
+        for name, shape in shapes.items():
+            found = getattr(reduced, name)
+            if not _is_array(found):
+                raise ValueError(
+                    f"stats of layer {path!r} have a {type(found).__name__} for {name} instead of "
+                    "an array of floating-point numbers, as value_grad_and_stats returns it"
+                )
+            if found.shape != shape:
+                raise ValueError(
+                    f"stats of layer {path!r} have {name} of shape {found.shape}, the layer and "
+                    f"its state {shape}: call find_layers again"
+                )
 
 
 def _check_layers(stats: Any, layers: Layers) -> None:
@@ -154,12 +162,11 @@ def _check_layers(stats: Any, layers: Layers) -> None:
         raise ValueError(
             f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
         )
-    scalars = (stats.examples,)
+    scalars: list[Any] = [stats.examples]
     if isinstance(stats, Statistics):
-        scalars = stats.scale, stats.examples, stats.parts
-    if not all(x is None or (_is_array(x) and x.shape == ()) for x in scalars) or (
-        isinstance(stats, Statistics) and stats.scale is None
-    ):
+        optional = [x for x in (stats.examples, stats.parts) if x is not None]
+        scalars = [stats.scale, *optional]
+    if not all(_is_array(x) and x.shape == () for x in scalars):
         raise ValueError(
             "stats must have scalar arrays of real numbers besides those of the layers, got "
             f"{scalars}; take them as they come from value_grad_and_stats or fisher_stats"
@@ -226,7 +233,7 @@ def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
         seen = a[-1:]
         inputs = (inputs[-1] * spec.groups,)
     else:
-        seen = tuple(a[axis] for axis in spec.axes)
+        seen = tuple(a[axis] for axis in spec.axes if -axis <= len(a))
     if u[-features:] != outputs:
         raise ValueError(
             f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "

@@ -17,7 +17,7 @@ from tekfac_jax._checks import check_choice, check_flag, check_function, check_n
 from tekfac_jax._contract import Factors
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
 from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
-from tekfac_jax._layers import Layers, check_layers
+from tekfac_jax._layers import Layers, check_layers, join_path
 from tekfac_jax._plan import Captures, batch_plan, common_batch_size
 from tekfac_jax._pytrees import flattened
 from tekfac_jax._trace import trace_layers
@@ -166,6 +166,7 @@ def value_grad_and_stats(
     def gather(gatherer: Gatherer, params: Any, args: Any, kwargs: Any) -> Any:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
         _check_scalar(plan.trace.output, has_aux)
+        _check_differentiable(params)
         dtype = jnp.result_type(float)
         if isinstance(reduction, str):
             divisor: Any = plan.batch_size if reduction == "mean" else 1
@@ -284,6 +285,16 @@ def _check_slots(slots: Any, expected: Captures) -> None:
             "slots do not fit: they must be what make_slots returns for this function, these "
             "layers and arguments of these shapes"
         )
+
+
+def _check_differentiable(params: Any) -> None:
+    for path, leaf in flattened(params, "argument 0")[0]:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            raise ValueError(
+                f"the loss is differentiated by argument 0, whose leaf {join_path(path)!r} has "
+                f"dtype {jnp.result_type(leaf)}; keep what is no floating-point array (counters, "
+                "masks) in another argument"
+            )
 
 
 def _check_scalar(output: Any, has_aux: bool) -> None:

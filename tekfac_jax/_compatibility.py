@@ -37,6 +37,8 @@ def check_state_fits(found: Any, expected: Any) -> None:
         raise ValueError(f"state= must be what init or the update before returned: {broken}")
     if sentence := difference(found, expected):
         raise ValueError(f"state= does not fit this optimizer: {sentence}")
+    if not all(isinstance(x, jax.Array | np.ndarray | np.generic) for x in jax.tree.leaves(found)):
+        raise ValueError("state= must hold arrays; jax.ShapeDtypeStruct has no numbers")
 
 
 def not_a_state(found: Any) -> str:
@@ -70,6 +72,12 @@ def _no_array(path: str, layer: LayerState) -> str:
         is_left_out = value is None and name in _OPTIONAL
         if not (is_left_out or (hasattr(value, "shape") and hasattr(value, "dtype"))):
             return f"{name!r} of layer {path!r} is a {type(value).__name__} instead of an array."
+    is_matrix = {"theta": True, "q_psi": layer.q_psi.ndim != 1}  # or folded
+    is_matrix["q_phi"] = layer.q_phi is not None and is_matrix["q_psi"]
+    for name, needed in is_matrix.items():
+        if needed and getattr(layer, name).ndim < 2:
+            shape = getattr(layer, name).shape
+            return f"{name!r} of layer {path!r} has shape {shape} instead of that of a matrix."
     return ""
 
 

@@ -103,6 +103,8 @@ def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
     _check_arrays(found, fresh)
     restored = jax.tree.unflatten(jax.tree.structure(opt_state), [found[name] for name in fresh])
     for root, state in _ours(restored).items():
+        if broken := not_a_state(state):
+            raise ValueError(f"saved= cannot be read: {broken}")
         if sentence := difference(state, ours[root]):
             raise ValueError(f"saved= does not fit the optimizer: {sentence}")
     return jax.tree.unflatten(

@@ -109,8 +109,10 @@ def _algorithm(
                     "rescaling_examples= is for raw statistics: reduced ones are sums over the "
                     "whole batch already; leave one of the two out"
                 )
-            theta_needed = member.measured and not running
-            check_reduced(stats, layers, kind_of_factors(member, options), theta_needed)
+            theta_shapes = None
+            if member.measured and not running:
+                theta_shapes = {path: layer.theta.shape for path, layer in state.layers.items()}
+            check_reduced(stats, layers, kind_of_factors(member, options), theta_shapes)
         refresh = functools.partial(_refresh_curvature, layers, member, options, offset)
         if options.mesh is not None:
             refresh = over_mesh(refresh, layers, options)

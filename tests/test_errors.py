@@ -50,6 +50,17 @@ def test_loss_that_is_no_scalar():
         )(params, x)  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [jnp.int32, bool])
+def test_parameter_that_cannot_be_differentiated(dtype):
+    loss, params, x, layers = simple_case()
+    bias = params["Dense_0"]["bias"].astype(dtype)
+    with_counter = {**params, "counter": jnp.zeros((), dtype)}
+    params = {**params, "Dense_0": {**params["Dense_0"], "bias": bias}}
+    for wrong, name in [(params, "Dense_0/bias"), (with_counter, "counter")]:
+        with pytest.raises(ValueError, match=rf"leaf '{name}' has dtype {jnp.dtype(dtype)}; keep"):
+            tekfac.value_grad_and_stats(loss, layers)(wrong, x)
+
+
 def test_parameters_elsewhere_than_in_argument_0():
     loss, params, x, _ = simple_case()
     with pytest.raises(ValueError, match="first argument"):
@@ -208,6 +219,17 @@ def test_statistics_of_other_layers():
     _, _, wide_stats = tekfac.value_grad_and_stats(loss, wide_layers)(other, wide)
     with pytest.raises(ValueError, match=r"'Dense_0'.*find_layers again"):
         _update(layers, grads, wide_stats)
+
+
+def test_statistics_of_too_few_axes():
+    loss, params, x, layers = simple_case()
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    (capture,) = stats.layers["Dense_0"]
+    flat = capture._replace(a=jnp.zeros(()))
+    stats = stats._replace(layers={**stats.layers, "Dense_0": (flat,)})
+    tx = tekfac.scale_by_tekfac(layers)
+    with pytest.raises(ValueError, match=r"stats of layer 'Dense_0' have inputs of shape \(\)"):
+        tx.update(grads, tx.init(params), stats=stats)
 
 
 @pytest.mark.parametrize("masked", ["kernel", "bias"])

@@ -1,5 +1,7 @@
 """Statistics contracted in the backward pass: the sums of the raw ones, in less memory."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -286,3 +288,35 @@ def test_wrong_statistics_are_refused():
         case.function(mode="summed")
     with pytest.raises(ValueError, match='factors must be one of "exact", "location", "plain"'):
         case.reduced(factors="A")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("theta", lambda x: x.mT, r"theta of shape \(\d+, \d+\), the layer and its state"),
+        ("theta", lambda x: {}, "a dict for theta instead of an array"),
+        ("rest", lambda x: x[None], r"rest of shape \(1,\), the layer"),
+        ("psi", lambda x: x[:-1], r"psi of shape \(\d+, \d+\), the layer"),
+        ("phi", lambda x: x[0], r"phi of shape \(\d+,\), the layer"),
+    ],
+)
+def test_reduced_statistics_of_another_shape_are_refused(field, value, says):
+    case = Case()
+    tx = tekfac.scale_by_tekfac(case.layers)
+    state = tx.init(case.params)
+    _, grads, stats = case.reduced()(case.params, case.x, opt_state=state)
+    path = next(iter(case.layers))
+    layer = stats.layers[path]
+    broken = layer._replace(**{field: value(getattr(layer, field))})
+    stats = dataclasses.replace(stats, layers={**stats.layers, path: broken})
+    with pytest.raises(ValueError, match=rf"stats of layer '{path}' have .*{says}"):
+        tx.update(grads, state, stats=stats)
+
+
+def test_reduced_statistics_without_a_number_of_examples_are_refused():
+    case = Case()
+    tx = tekfac.scale_by_tekfac(case.layers)
+    state = tx.init(case.params)
+    _, grads, stats = case.reduced()(case.params, case.x, opt_state=state)
+    with pytest.raises(ValueError, match=r"scalar arrays of real numbers.*\[None\]"):
+        tx.update(grads, state, stats=dataclasses.replace(stats, examples=None))

@@ -117,7 +117,7 @@ def test_restored_where_the_fresh_state_lies():
 
 @pytest.mark.slow
 @of_orbax
-def test_without_factors_they_asays_built_anew(tmp_path):
+def test_without_factors_they_are_built_anew(tmp_path):
     """The basis and Θ go on as they were; the next statistics are the new factors."""
     run = Run(factor_interval=5, eigenbasis_interval=5, rescaling_interval=5)
     *_, (params, opt_state) = run.go_on(*run.start(), 0, 7)
@@ -347,6 +347,32 @@ def test_targets_that_are_none():
         tekfac.restore_state(fresh, optax.adam(0.1).init(run.params))
     with pytest.raises(ValueError, match="must hold arrays, not shapes"):
         tekfac.restore_state(fresh, jax.eval_shape(run.tx.init, run.params))
+
+
+def test_leaves_that_no_state_has_are_named():
+    run = Run()
+    tx = tekfac.scale_by_tekfac(run.layers)
+    fresh = tx.init(run.params)
+
+    def replaced(**fields):
+        return fresh._replace(
+            layers={**fresh.layers, "head": fresh.layers["head"]._replace(**fields)}
+        )
+
+    flat = replaced(theta=fresh.layers["head"].theta[0])
+    for refuse in (
+        lambda: tekfac.restore_state(flat, fresh),
+        lambda: tx.update(run.params, flat, run.params),
+    ):
+        with pytest.raises(ValueError, match=r"'theta' of layer 'head' has shape \(\d+,\) instead"):
+            refuse()
+    shapes = replaced(psi=jax.eval_shape(jnp.asarray, fresh.layers["head"].psi))
+    with pytest.raises(ValueError, match=r"must hold arrays; jax\.ShapeDtypeStruct has no numbers"):
+        tx.update(run.params, shapes, run.params)
+    for junk in (np.zeros(0, bool), np.array("a"), jax.random.key(0)):
+        saved = fresh._replace(meaning=fresh.meaning._replace(plain=junk))
+        with pytest.raises(ValueError, match=r"saved= cannot be read: 'plain' of its meaning is"):
+            tekfac.restore_state(saved, fresh)
 
 
 def test_other_states_are_checked_as_well():
