@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -182,6 +182,58 @@ class Steps(NamedTuple):
     seconds: list[float]
 
 
+def train_epoch(
+    task: Task, compiled: Callable[..., Any], state: Any, *, learning_rate: float, seed: int,
+    epoch: int, epochs: int, schedule: Schedule = COSINE,
+) -> tuple[Any, Steps]:  # fmt: skip
+    """One epoch of a run, the same whether or not the run was interrupted before it.
+
+    Args:
+        task: network and data.
+        compiled: the step, (state, inputs, labels, learning_rate) -> (state, loss).
+        state: from the epoch before; it is donated.
+        learning_rate: of the first step of the run.
+        seed: of the order of the data.
+        epoch: which one, from 1.
+        epochs: length of the run.
+        schedule: how the learning rate falls.
+
+    Returns:
+        The new state, and loss and seconds of each step, with the time to get its batch. The
+        epoch ends where the loss is no longer finite.
+    """
+    steps = Steps([], [])
+    ahead: Any = prefetch(task.batches(seed, epoch))
+    with contextlib.closing(ahead) as batches:
+        for step in range(task.steps_per_epoch):
+            started = time.perf_counter()
+            done = epoch - 1 + step / task.steps_per_epoch
+            rate = schedule.rate(learning_rate, done, epochs)
+            state, loss = compiled(state, *next(batches), jnp.float32(rate))
+            jax.block_until_ready((state, loss))
+            steps.seconds.append(time.perf_counter() - started)
+            steps.losses.append(float(loss))
+            if not math.isfinite(steps.losses[-1]):
+                break
+    return state, steps
+
+
+class Trains(Protocol):
+    """What a run needs of an optimizer on a task; see `Trainer`."""
+
+    task: Task
+    layers: Any  # of second-order optimizers of this library; None: of others
+    compile_seconds: float
+
+    def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> Any:
+        """What a run starts from; it has `params` and `batch_stats`."""
+        ...
+
+    def train_epoch(self, state: Any, **options: Any) -> tuple[Any, Steps]:
+        """One epoch of a run: see `train_epoch`."""
+        ...
+
+
 class Trainer:
     """An optimizer on a task: its step, compiled once for every learning rate and seed.
 
@@ -271,38 +323,9 @@ class Trainer:
         new: Any = state.apply_gradients(grads=grads, stats=stats, batch_stats=batch_stats)
         return new, loss
 
-    def train_epoch(
-        self, state: TrainState, *, learning_rate: float, seed: int, epoch: int, epochs: int,
-        schedule: Schedule = COSINE,
-    ) -> tuple[TrainState, Steps]:  # fmt: skip
-        """One epoch of a run, the same whether or not the run was interrupted before it.
-
-        Args:
-            state: from the epoch before; it is donated.
-            learning_rate: of the first step of the run.
-            seed: of the order of the data.
-            epoch: which one, from 1.
-            epochs: length of the run.
-            schedule: how the learning rate falls.
-
-        Returns:
-            The new state, and loss and seconds of each step, with the time to get its batch. The
-            epoch ends where the loss is no longer finite.
-        """
-        steps = Steps([], [])
-        ahead: Any = prefetch(self.task.batches(seed, epoch))
-        with contextlib.closing(ahead) as batches:
-            for step in range(self.task.steps_per_epoch):
-                started = time.perf_counter()
-                done = epoch - 1 + step / self.task.steps_per_epoch
-                rate = schedule.rate(learning_rate, done, epochs)
-                state, loss = self.compiled(state, *next(batches), jnp.float32(rate))
-                jax.block_until_ready((state, loss))
-                steps.seconds.append(time.perf_counter() - started)
-                steps.losses.append(float(loss))
-                if not math.isfinite(steps.losses[-1]):
-                    break
-        return state, steps
+    def train_epoch(self, state: TrainState, **options: Any) -> tuple[TrainState, Steps]:
+        """One epoch of a run: see `train_epoch`."""
+        return train_epoch(self.task, self.compiled, state, **options)
 
     def train(
         self,

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import optax
@@ -11,6 +12,7 @@ import optax.contrib
 import tekfac_jax
 from benchmarks.errors import UsageError
 from benchmarks.soap import soap
+from tekfac_jax import _refresh
 
 # Settings that may stand in the optimizer's state where they are numbers, so that one compiled
 # step serves every value of them.
@@ -52,7 +54,24 @@ def tekfac_momentum_first(
     )
 
 
-tekfac_momentum_first.__signature__ = inspect.signature(tekfac_jax.tekfac)  # pyright: ignore
+def tekfac_without_transport(
+    learning_rate: Any, layers: tekfac_jax.Layers, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """TEKFAC whose Θ keeps its numbers while the basis under it changes, which no user wants.
+
+    The library always moves Θ into the new basis; for this ablation that step is taken out of it.
+    """
+    tx = tekfac_jax.tekfac(learning_rate, layers, **options)
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(_refresh, "transport", lambda theta, rest, old, new: (theta, rest)):
+            return tx.update(*args, **kwargs)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+for _ablated in (tekfac_momentum_first, tekfac_without_transport):
+    _ablated.__signature__ = inspect.signature(tekfac_jax.tekfac)  # pyright: ignore
 
 
 RECIPES = {
@@ -66,6 +85,7 @@ RECIPES = {
     "muon": Recipe(optax.contrib.muon, False, 0.01),
     "soap": Recipe(soap, False, 0.003),
     "tekfac-momentum-first": Recipe(tekfac_momentum_first, True, 0.01),
+    "tekfac-without-transport": Recipe(tekfac_without_transport, True, 0.01),
 }
 OPTIMIZERS = tuple(RECIPES)
 

@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import experiment as experiment_module
+from benchmarks import kfac_jax_trainer
 from benchmarks.augment import crop_and_flip
 from benchmarks.data import load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
 from benchmarks.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
 from benchmarks.halving import Candidate, candidates, grid_size, search
-from benchmarks.loop import COSINE, Task, Trainer
+from benchmarks.loop import COSINE, Task, Trainer, Trains
 from benchmarks.models import make_model
 from benchmarks.optimizers import divide
 from benchmarks.options import exit_with
@@ -101,10 +102,15 @@ class Session:
         for label in only or ():
             check_choice("label in --only", label, labels)
         self.entries = [e for e in experiment.entries if only is None or e.label in only]
+        if only is None and not kfac_jax_trainer.is_installed():
+            others = [e for e in self.entries if e.optimizer != kfac_jax_trainer.NAME]
+            if len(others) < len(self.entries):
+                console.print(f"  left out: {kfac_jax_trainer.NOT_INSTALLED}", highlight=False)
+            self.entries = others
         sizes = [grid_size(entry.grid) for entry in experiment.entries]
         self.trials = experiment.trials or min((size for size in sizes if size > 1), default=1)
         self.task = make_task(experiment.task, data)
-        self._trainers: dict[str, Trainer] = {}
+        self._trainers: dict[str, Trains] = {}
         self._description = {
             "name": name,
             "doc": doc,
@@ -176,11 +182,13 @@ class Session:
             self.console.print(_line(spec, record), highlight=False)
         return record
 
-    def _trainer(self, spec: RunSpec) -> Trainer:
+    def _trainer(self, spec: RunSpec) -> Trains:
         """Compiled once for all runs that differ only in numbers that stand in the state."""
         static, traced = divide(spec.settings)
         key = repr((spec.optimizer, sorted(static.items(), key=str), sorted(traced)))
-        if key not in self._trainers:
+        if key not in self._trainers and spec.optimizer == kfac_jax_trainer.NAME:
+            self._trainers[key] = kfac_jax_trainer.KfacJaxTrainer(self.task, spec.settings)
+        elif key not in self._trainers:
             self._trainers[key] = Trainer(self.task, spec.optimizer, spec.settings)
         return self._trainers[key]
 

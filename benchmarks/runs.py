@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import tekfac_jax
 from benchmarks.errors import UsageError
 from benchmarks.experiment import RunSpec
-from benchmarks.loop import Trainer, TrainState
+from benchmarks.loop import Trains, TrainState
 from benchmarks.optimizers import divide
 from benchmarks.timing import settings as machine
 
@@ -115,7 +115,7 @@ def write_json(path: Path, content: Any) -> None:
 def train(
     spec: RunSpec,
     store: Store,
-    make_trainer: Callable[[], Trainer],
+    make_trainer: Callable[[], Trains],
     *,
     deadline: float = math.inf,
     on_epoch: Callable[[], None] = lambda: None,
@@ -164,7 +164,7 @@ def train(
 
 
 def _epoch(
-    spec: RunSpec, trainer: Trainer, state: TrainState, progress: Progress
+    spec: RunSpec, trainer: Trains, state: TrainState, progress: Progress
 ) -> tuple[TrainState, bool]:
     """One more epoch in `progress`; whether the loss is still finite."""
     epoch = len(progress.curve) + 1
@@ -189,7 +189,7 @@ def _epoch(
 
 
 def _record(
-    spec: RunSpec, trainer: Trainer, state: TrainState, progress: Progress, finite: bool
+    spec: RunSpec, trainer: Trains, state: TrainState, progress: Progress, finite: bool
 ) -> dict[str, Any]:
     loss = trainer.task.evaluate(state, "train")[0] if finite else math.nan
     finite = math.isfinite(loss)
@@ -217,7 +217,7 @@ def _load() -> float | None:
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
-def _failures(trainer: Trainer, state: TrainState) -> int:
+def _failures(trainer: Trains, state: TrainState) -> int:
     """Statistics and decompositions that were not finite, over all layers."""
     if trainer.layers is None:
         return 0

@@ -1,8 +1,9 @@
 """Pictures of a run: what `diagnostics` says over the steps, and the eigenvalues of each layer.
 
 Not imported by `tekfac_jax` itself; needs Matplotlib: ``pip install "tekfac_jax[plot]"``. Nothing
-here touches Matplotlib's global state: each function returns a figure, to be shown in a notebook
-or written with ``figure.savefig("run.png")``.
+here touches Matplotlib's global state: each function returns a figure, to be written with
+``figure.savefig("run.png")``, or shown by a notebook as the value of a cell, which needs
+``%matplotlib inline`` once before.
 """
 
 import math

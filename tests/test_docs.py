@@ -10,12 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 import tekfac_jax
 import tekfac_jax.nnx
 import tekfac_jax.plot
 from tests import snippets
+from tests.test_errors import simple_case
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -65,6 +70,45 @@ def test_checkpoints_are_restored():
     namespace = snippets.run(page("checkpoints.md"), "checkpoints.md")
     sentence = tekfac_jax.check_state(namespace["opt_state"], namespace["layers"])
     assert sentence == ""  # nothing was known yet, so that nothing is missing
+
+
+@pytest.mark.filterwarnings("ignore")  # of tensorboardX
+def test_tensorboard_is_given_every_scalar(tmp_path, monkeypatch):
+    """The fragment of the page, and what TensorBoard would read."""
+    (fragment,) = snippets.blocks(section("diagnostics.md", "TensorBoard, and other loggers"), "py")
+    loss, params, x, layers = simple_case()
+    state = tekfac_jax.TrainState.create(
+        apply_fn=loss, params=params, tx=tekfac_jax.tekfac(0.1, layers)
+    )
+    _, grads, stats = tekfac_jax.value_grad_and_stats(loss, layers)(params, x)
+    state = state.apply_gradients(grads=grads, stats=stats)
+    scalars = tekfac_jax.diagnostics(state.opt_state)
+    monkeypatch.chdir(tmp_path)
+    names = {"jax": jax, "jnp": jnp, "np": np, "tekfac": tekfac_jax}
+    namespace = {**names, "step": 50, "scalars": scalars, "state": state}
+    exec(compile(fragment, "diagnostics.md", "exec"), namespace)
+    namespace["writer"].close()
+
+    (path,) = (tmp_path / "logs").glob("events.*")
+    events = [Event.FromString(record) for record in tfrecords(path.read_bytes())]
+    values = {value.tag: value for event in events for value in event.summary.value}
+    for name, expected in scalars.items():
+        assert values[name].simple_value == pytest.approx(float(expected))
+    for layer in layers:
+        assert (
+            values[f"{layer}/log10_theta"].histo.num == layers[layer].in_dim * layers[layer].out_dim
+        )
+    assert {event.step for event in events if event.summary.value} == {50}
+
+
+def tfrecords(content: bytes) -> list[bytes]:
+    """The records of a TFRecord file: length, its checksum, content, its checksum."""
+    found = []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        found.append(content[12 : 12 + length])
+        content = content[16 + length :]
+    return found
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -9,16 +9,19 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import experiment, experiments, paper, report, results, runs
+import tekfac_jax
+from benchmarks import experiment, experiments, kfac_jax_trainer, paper, report, results, runs
 from benchmarks.errors import UsageError
 from benchmarks.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
 from benchmarks.halving import Rung, candidates, grid_size, search
 from benchmarks.loop import COSINE, Schedule, Task, Trainer
 from benchmarks.optimizers import divide, make_optimizer
+from tests.test_errors import simple_case
 
 TASK = TaskSpec("digits", "cnn", subset=320, width=4, batch_size=64)
 TINY = Experiment(
@@ -45,9 +48,9 @@ def standard_promotion():
 
 
 @contextlib.contextmanager
-def only_tiny():
+def only_tiny(tiny=TINY):
     """The experiment above in the place of those of the paper."""
-    module = types.SimpleNamespace(EXPERIMENT=TINY, __doc__="Tiny.\n\nNothing else.")
+    module = types.SimpleNamespace(EXPERIMENT=tiny, __doc__="Tiny.\n\nNothing else.")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "names", lambda: ["tiny"])
         patch.setitem(sys.modules, "benchmarks.experiments.tiny", module)
@@ -269,6 +272,30 @@ def test_settings_are_divided():
         make_optimizer("sgd", None, {"damping": 1.0})
 
 
+def test_theta_stays_as_it_is_without_transport():
+    loss, params, x, layers = simple_case()
+    intervals = {"factor_interval": 1, "eigenbasis_interval": 2, "rescaling_interval": 3}
+    _, grads, stats = tekfac_jax.value_grad_and_stats(loss, layers)(params, x)
+    thetas = {}
+    for name in ("tekfac", "tekfac-without-transport"):
+        tx = make_optimizer(name, layers, intervals, {"learning_rate": 0.1})
+        state, seen = tx.init(params), []
+        for step in range(3):  # at the last one the basis changes, and Θ is not measured
+            scaled = jax.tree.map(lambda x, step=step: x * (1 + step), stats.layers)
+            _, state = tx.update(grads, state, params, stats=stats._replace(layers=scaled))
+            curvature = tekfac_jax.curvature(state)["Dense_0"]
+            seen.append((curvature.theta, curvature.q_phi))
+        thetas[name] = seen
+    (before, q_before), (moved, q_moved) = thetas["tekfac"][1:]
+    assert not np.allclose(q_before, q_moved)
+    assert not np.allclose(before, moved)
+    np.testing.assert_allclose(jnp.sum(before), jnp.sum(moved), rtol=1e-5)
+    (same_before, _), (kept, q_kept) = thetas["tekfac-without-transport"][1:]
+    np.testing.assert_array_equal(before, same_before)
+    np.testing.assert_array_equal(q_moved, q_kept)
+    np.testing.assert_array_equal(before, kept)
+
+
 def test_step_decay():
     schedule = Schedule(decay_every=40, factor=0.1)
     assert [schedule.rate(1.0, done, 100) for done in (0, 39.99, 40, 80)] == pytest.approx(
@@ -303,7 +330,9 @@ def test_experiments_are_complete(name, trainer):
         static, traced = divide(settings)
         fisher = static.pop("fisher", "empirical")
         assert fisher in ("empirical", "sampled")
-        if (kind := repr((entry.optimizer, static, sorted(traced)))) not in made:
+        if entry.optimizer == kfac_jax_trainer.NAME:
+            kfac_jax_trainer.check_settings(settings)
+        elif (kind := repr((entry.optimizer, static, sorted(traced)))) not in made:
             made.add(kind)
             tx = make_optimizer(entry.optimizer, trainer.layers, static, traced)
             hyperparams = jax.eval_shape(tx.init, params).hyperparams
@@ -383,6 +412,42 @@ def test_refused_in_one_sentence(tiny, tmp_path, arguments, message, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+class StandIn:
+    """In the place of kfac-jax, which has an environment of its own."""
+
+    def __init__(self, task, settings):
+        kfac_jax_trainer.check_settings(settings)
+        self.inner = Trainer(task, "sgd", {"learning_rate": 0.1})
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_kfac_jax_where_it_is_installed_and_where_it_is_not(tmp_path, monkeypatch, capsys):
+    entries = (
+        Entry("SGDM", "sgd", {}, {"learning_rate": 0.1}),
+        Entry("kfac-jax", "kfac-jax", {}, {"learning_rate": 0.1, "inverse_update_period": 50}),
+    )
+    small = TINY._replace(entries=entries, epochs=1, seeds=(0,))
+    with only_tiny(small):
+        monkeypatch.setattr(kfac_jax_trainer, "is_installed", lambda: False)
+        paper.main(["tiny", "--out", str(tmp_path)])
+        assert (
+            "left out: kfac-jax, which needs an environment of its own" in capsys.readouterr().out
+        )
+        assert [r["label"] for r in records(tmp_path)] == ["SGDM"]
+        with pytest.raises(SystemExit):
+            paper.main(["tiny", "--out", str(tmp_path), "--only", "kfac-jax"])
+        assert "kfac-jax, which needs an environment" in capsys.readouterr().err
+
+        monkeypatch.setattr(kfac_jax_trainer, "is_installed", lambda: True)
+        monkeypatch.setattr(kfac_jax_trainer, "KfacJaxTrainer", StandIn)
+        paper.main(["tiny", "--out", str(tmp_path)])
+        assert sorted(r["label"] for r in records(tmp_path)) == ["SGDM", "kfac-jax"]
+    with pytest.raises(UsageError, match="kfac-jax has no setting 'damping_scale': choose from"):
+        kfac_jax_trainer.check_settings({"damping_scale": 1.0})
 
 
 # --- the report ------------------------------------------------------------------------------

@@ -20,6 +20,9 @@ PAPER: dict[str, Any] = {
 }
 
 
+_PERIODS = ("curvature_update_period", "inverse_update_period")  # of kfac-jax
+
+
 def half_decades(low: float, number: int) -> tuple[float, ...]:
     """1, 3, 10, ... times `low`."""
     return tuple(float(f"{low * 10 ** (i / 2):.0e}") for i in range(number))
@@ -49,7 +52,8 @@ def paper_entries() -> tuple[Entry, ...]:
 def tuned_entries(number: int) -> tuple[Entry, ...]:
     """All optimizers with their own defaults; the learning rate from a grid of `number` values.
 
-    The family of four is compared by the paper's rule for λ itself, TEKFAC besides by its default.
+    The family of four is compared by its defaults and by the paper's rule for λ itself.
+    kfac-jax, whose damping has no default, takes 1e-3, and refreshes as TEKFAC does.
     """
     family = {"learning_rate": half_decades(1e-3, number)}
     adaptive = {"learning_rate": half_decades(1e-4, number)}
@@ -65,6 +69,10 @@ def tuned_entries(number: int) -> tuple[Entry, ...]:
         Entry("AdamW", "adamw", adaptive, {"weight_decay": 0.01}),
         Entry("Muon", "muon", family),
         Entry("SOAP", "soap", adaptive),
+        Entry("TKFAC", "tkfac", family),
+        Entry("EKFAC", "ekfac", family),
+        Entry("KFAC", "kfac", family),
+        Entry("kfac-jax", "kfac-jax", family, dict.fromkeys(_PERIODS, 50)),
     )
 
 

@@ -3,7 +3,7 @@
 The first entry has the paper's damping; each other one differs by what its name says, and has its
 learning rate from the same three values. Sampled labels cost a second forward and backward
 pass in every step here, more than they must: compare its epochs, not its seconds.
-On two CPU cores 35 s a run of four epochs, and a compilation for most entries: about 40 minutes.
+On two CPU cores 35 s a run of four epochs, and a compilation for most entries: about 45 minutes.
 ``python -m benchmarks.paper ablation_cifar10 --data DIR``
 """
 
@@ -39,6 +39,7 @@ EXPERIMENT = Experiment(
         _entry("no momentum", momentum=0.0),
         _entry("momentum first", "tekfac-momentum-first"),
         _entry("32 examples", rescaling_examples=32),
+        _entry("no transport of Θ", "tekfac-without-transport"),
     ),
     epochs=4,
     seeds=(0, 1),
