@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import tekfac_jax as tekfac
 from tekfac_jax._pytrees import gather_matrices
@@ -205,12 +208,13 @@ _VALID_READY: dict[str, Any] = {
 
 
 class Setting(NamedTuple):
-    """An optimizer, and where its statistics come from."""
+    """An optimizer, where its statistics come from, and how the batch is split."""
 
     member: str
     ready: dict[str, Any] | None  # arguments of the ready optimizer; None: `scale_by_<member>`
     options: dict[str, Any]
     source: str  # raw, reduced, sampled or exact (Fisher)
+    split: str | None = None  # over devices, as many as divide it: by a mesh, or by shard_map
 
 
 @st.composite
@@ -226,16 +230,27 @@ def settings_of(draw) -> Setting:
     source = draw(st.sampled_from(sources))
     if source == "reduced":
         options.pop("rescaling_examples", None)
-    return Setting(member, ready, options, source)
+    split = draw(st.sampled_from([None, None, None, None, "mesh", "shard_map"]))
+    return Setting(member, ready, options, source, split)
 
 
-def transformation(setting: Setting, layers: tekfac.Layers) -> Any:
-    """The transformation of a setting."""
+def transformation(setting: Setting, layers: tekfac.Layers, mesh: Mesh) -> Any:
+    """The transformation of a setting; `mesh` has one axis."""
+    split: dict[str, dict[str, Any]] = {
+        "mesh": {"mesh": mesh}, "shard_map": {"axis_name": mesh.axis_names[0]}
+    }  # fmt: skip
+    options = setting.options | split.get(setting.split or "", {})
     if setting.ready is None:
-        return SCALE_BY[setting.member](layers, **setting.options)
+        return SCALE_BY[setting.member](layers, **options)
     ready = dict(setting.ready, fallback=optax.sgd(FALLBACK_RATE))
     rate = ready.pop("learning_rate")
-    return READY[setting.member](rate, layers, **ready, **setting.options)
+    return READY[setting.member](rate, layers, **ready, **options)
+
+
+def mesh_for(batch_size: int) -> Mesh:
+    """The largest mesh that divides a batch."""
+    sizes = [n for n in range(1, jax.device_count() + 1) if batch_size % n == 0]
+    return jax.make_mesh((max(sizes),), ("data",), axis_types=(AxisType.Auto,))
 
 
 FALLBACK_RATE = 0.01
@@ -291,13 +306,16 @@ class Step(NamedTuple):
 
 def run_steps(problem: Problem, setting: Setting) -> list[Step]:
     """A few steps, each on a batch of its own, by one compiled program."""
-    tx = transformation(setting, problem.layers)
+    mesh = mesh_for(problem.batches[0].shape[0])
+    tx = transformation(setting, problem.layers, mesh)
     statistics = _statistics_function(problem, setting)
+    axis = mesh.axis_names[0] if setting.split == "shard_map" else None
 
-    @jax.jit
     def step(params, opt_state, x, key):
         grads, stats = statistics(params, opt_state, x, key)
-        more = {"batch_size": x.shape[0]} if setting.source != "raw" else {}
+        if axis is not None:
+            grads = lax.pmean(grads, axis)
+        more = {"batch_size": len(problem.batches[0])} if setting.source != "raw" else {}
         updates, opt_state = tx.update(grads, opt_state, params, stats=stats, **more)
         # Small, so that gradients stay what they are however wild the setting is.
         moved = jax.tree.map(lambda p, u: p + (0.01 * jnp.tanh(u)).astype(p.dtype), params, updates)
@@ -305,8 +323,18 @@ def run_steps(problem: Problem, setting: Setting) -> list[Step]:
         finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), (updates, opt_state))
         return moved, opt_state, Step(params, grads, updates, *found, finite)
 
+    batched = NamedSharding(mesh, P("data"))
+    if axis is not None:
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), P(), P("data"), P()), out_specs=P(), check_vma=False
+        )
+    step = jax.jit(step)
     params, opt_state, steps = problem.params, tx.init(problem.params), []
+    if setting.split is not None:
+        params, opt_state = jax.device_put((params, opt_state), NamedSharding(mesh, P()))
     for number, x in enumerate(problem.batches):
+        if setting.split is not None:
+            x = jax.device_put(x, batched)
         params, opt_state, shown = step(params, opt_state, x, jax.random.key(number))
         steps.append(jax.tree.map(np.asarray, shown))
     assert tekfac.check_state(opt_state, problem.layers) == ""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
 from tekfac_jax._options import Options
-from tests import fuzzing, misuses
+from tests import fuzzing, fuzzing_nnx, misuses
 from tests.capturing import x64_standard
 from tests.test_errors import simple_case
 
@@ -51,6 +51,37 @@ def test_any_network_any_options(network, setting):
 @given(network=fuzzing.networks(), setting=fuzzing.settings_of())
 def test_many_networks_many_options(network, setting):
     check_network(network, setting)
+
+
+def check_nnx(network):
+    try:
+        problem = fuzzing.make_problem(network)
+    except ValueError:
+        return  # what it says is looked at above
+    fuzzing_nnx.assert_layers_of_linen(network, problem)
+    network = fuzzing_nnx.precise(network)
+    fuzzing_nnx.assert_numbers_of_linen(network, fuzzing.make_problem(network))
+
+
+# Flax keeps the averages of a BatchNorm in float32.
+of_float32_averages = pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types")
+
+
+@of_float32_averages
+@x64_standard
+@FEW
+@given(network=fuzzing.networks())
+def test_any_nnx_module_is_its_linen_module(network):
+    check_nnx(network)
+
+
+@pytest.mark.slow
+@of_float32_averages
+@x64_standard
+@MANY
+@given(network=fuzzing.networks())
+def test_many_nnx_modules_are_their_linen_modules(network):
+    check_nnx(network)
 
 
 # --- mistakes --------------------------------------------------------------------------------
