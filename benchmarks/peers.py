@@ -152,6 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", default="mlp", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--peers", default="kfac-jax", help="of kfac-jax, kron")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--warm-ups", type=int, default=2,
+        help="how often each runs before: compilation, memory that is new (default: 2)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
     results = {}
@@ -160,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         steps: dict[str, Callable[[], float]] = {}
         for peer in ("sgd", *options.peers.split(",")):
             steps |= PEERS[peer](problem)
-        in_turn(steps, 2)  # compilation, and memory that is new
+        in_turn(steps, options.warm_ups)
         found = ratios(in_turn(steps, options.rounds), "sgd")
         del found["sgd"]
         results[name] = found
@@ -170,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     Console(width=100).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "peers.json"
-    record = {"settings": {"rounds": options.rounds, **settings()}, "results": results}
+    counts = {"rounds": options.rounds, "warm_ups": options.warm_ups}
+    record = {"settings": {**counts, **settings()}, "results": results}
     path.write_text(json.dumps(record, indent=2))
     print(f"written: {path}")
 
