@@ -3,8 +3,8 @@
 All steps are timed in one process, in turn, on random images: SGD, its peers, each kind of TEKFAC
 step, then SGD again, and so on; the figures are medians of the ratios to the SGD step of the same
 round. One compiled TEKFAC step serves for all kinds: its three intervals are primes, and the step
-count in the state is set to what makes one refresh, all or none of them due. kfac-jax and PSGD Kron
-need other versions of jax: `benchmarks.peers` times them, and ``--peers`` adds its figures here.
+count in the state is set to what makes one refresh, all or none of them due. kfac-jax needs another
+version of jax: `benchmarks.peers` times it, and ``--peers`` adds its figures here.
 """
 
 import argparse

@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from PIL import Image
 
@@ -781,17 +780,27 @@ def test_profile(capsys):
         profile.main(["--steps", "0"])
 
 
-def test_peers_without_the_peers(tmp_path, monkeypatch):
-    """SGD against itself, since neither peer runs here: rounds, batches and JSON."""
+def test_peers_without_kfac_jax(tmp_path, monkeypatch, capsys):
+    """SGD in its place: periods, ratios and JSON; and a sentence where it is not installed."""
+    arguments = ["--models", "cnn", "--rounds", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(peers, "is_installed", lambda: False)
+    with pytest.raises(SystemExit):
+        peers.main(arguments)
+    assert "kfac-jax, which needs an environment of its own" in capsys.readouterr().err
 
-    def twice(problem):
-        return {"again": peers._optax_step(problem, optax.sgd(1e-4, momentum=0.9))}
+    asked = []
 
-    monkeypatch.setitem(peers.PEERS, "again", twice)
-    peers.main(["--models", "cnn", "--peers", "again", "--rounds", "2", "--out", str(tmp_path)])
+    def stand_in(task, settings):
+        asked.append(settings)
+        return Trainer(task, "sgd", {"learning_rate": 0.0})
+
+    monkeypatch.setattr(peers, "is_installed", lambda: True)
+    monkeypatch.setattr(peers, "KfacJaxTrainer", stand_in)
+    peers.main(arguments)
+    assert asked == [{"curvature_update_period": 10, "inverse_update_period": 10}]
     found = json.loads((tmp_path / "peers.json").read_text())["results"]["cnn"]
-    assert set(found) == {"again"}
-    assert found["again"]["ratio"] > 0
+    assert set(found) == {"kfac-jax, 10/10"}
+    assert found["kfac-jax, 10/10"]["ratio"] > 0
 
 
 def test_images_have_a_natural_spectrum():
