@@ -5,6 +5,7 @@ this gives is then run for differentiation, with a tag on the output of each of 
 (`_replay`).
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
@@ -70,6 +71,7 @@ def find_layers(
         1 layers, 432 bytes of state
     """
     check_choice("norm", norm, get_args(Norm))
+    _check_keywords(fn, kwargs)
     trace = trace_layers(fn, params, args, kwargs, norms=norm == "unitwise")
     findings = judge(trace, as_predicate(skip))
     if not findings.covered:
@@ -263,6 +265,23 @@ def _counted(examples: Any, batch_size: int) -> Any:
 
 
 # --- checks ----------------------------------------------------------------------------------
+
+
+def _check_keywords(fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    """Raises for an option of `value_grad_and_stats` that would be passed on to `fn`."""
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):  # no function, or one that does not say
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    options = inspect.signature(value_grad_and_stats).parameters
+    for name in kwargs:
+        if name in options and name not in parameters:
+            raise ValueError(
+                f"{name}= is an option of value_grad_and_stats; find_layers takes the function and "
+                "what it is called with, whatever it returns, besides skip= and norm="
+            )
 
 
 def _check_reduction(reduction: Any) -> None:

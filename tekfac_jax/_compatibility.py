@@ -50,7 +50,7 @@ def not_a_state(found: Any) -> str:
     for path, layer in found.layers.items():
         if not isinstance(layer, LayerState):
             return f"its layer {path!r} is a {type(layer).__name__} instead of a LayerState."
-        if broken := _no_array(path, layer):
+        if broken := _not_a_layer(path, layer):
             return broken
     if not isinstance(found.meaning, Meaning | None):
         return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
@@ -67,7 +67,7 @@ _UNSAID = Meaning(0, False, False, False, False)  # what a state of version 0 me
 _OPTIONAL = {"q_phi", "phi", "psi", "failed_in_a_row", "fallen_back"}
 
 
-def _no_array(path: str, layer: LayerState) -> str:
+def _not_a_layer(path: str, layer: LayerState) -> str:
     for name, value in layer._asdict().items():
         is_left_out = value is None and name in _OPTIONAL
         if not (is_left_out or (hasattr(value, "shape") and hasattr(value, "dtype"))):

@@ -262,7 +262,7 @@ def why_not_supported(kind: type, *, norms: bool) -> str:
         return f"{kind.__name__} without a scale is not supported"
     if kind in _NORMS:
         return f'{kind.__name__}, for the fallback (norm="unitwise" covers it)'
-    return f"{kind.__name__} is not a supported layer"
+    return f"of {kind.__name__} itself, which is not a supported layer"
 
 
 def is_norm(kind: type) -> bool:

@@ -61,6 +61,18 @@ def test_parameter_that_cannot_be_differentiated(dtype):
             tekfac.value_grad_and_stats(loss, layers)(wrong, x)
 
 
+def test_option_of_another_function_in_find_layers():
+    loss, params, x, _ = simple_case()
+    with pytest.raises(ValueError, match="has_aux= is an option of value_grad_and_stats; find_lay"):
+        tekfac.find_layers(loss, params, x, has_aux=True)
+
+    def with_mode(params, x, mode):
+        return loss(params, x) if mode == "train" else 0.0
+
+    assert tekfac.find_layers(with_mode, params, x, mode="train")
+    assert tekfac.find_layers(lambda params, x, **options: loss(params, x), params, x, mode=1)
+
+
 def test_parameters_elsewhere_than_in_argument_0():
     loss, params, x, _ = simple_case()
     with pytest.raises(ValueError, match="first argument"):
