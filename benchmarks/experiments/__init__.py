@@ -4,6 +4,8 @@
 ORDER = (
     "reading_resnet8_cifar10",
     "reading_vggmini_cifar10",
+    "half_resnet8_cifar10",
+    "half_vggmini_cifar10",
     "ablation_cifar10",
     "defaults_digits",
     "defaults_vggmini_cifar10",

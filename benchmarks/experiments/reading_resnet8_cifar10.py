@@ -1,8 +1,9 @@
 """All optimizers, tuned alike, on a narrow ResNet8 and 10,000 images of CIFAR-10.
 
 Every one has its own defaults; only the learning rate is tuned, over three decades.
-A step takes about 85 ms on two CPU cores, a run of eight epochs with its evaluation 65 s: all 30
-runs and the search, if nothing else is at work, 45 minutes.
+A step takes about 85 ms on two CPU cores, a run of eight epochs with its evaluation 65 s:
+everything, if nothing else is at work, about an hour. kfac-jax wants an environment of its own,
+see `benchmarks.kfac_jax_trainer`.
 ``python -m benchmarks.paper reading_resnet8_cifar10 --data DIR``
 """
 
