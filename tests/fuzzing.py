@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 import tekfac_jax as tekfac
 from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._state import LayerState
 from tests.capturing import losses_of
 from tests.oracles import SCALE_BY
 
@@ -300,6 +301,7 @@ class Step(NamedTuple):
     grads: Any
     updates: Any
     curvature: dict[str, tekfac.Curvature]
+    factors: list[Any]  # Φ and Ψ of each layer
     diagnostics: dict[str, Any]
     finite: Any
 
@@ -319,7 +321,7 @@ def run_steps(problem: Problem, setting: Setting) -> list[Step]:
         updates, opt_state = tx.update(grads, opt_state, params, stats=stats, **more)
         # Small, so that gradients stay what they are however wild the setting is.
         moved = jax.tree.map(lambda p, u: p + (0.01 * jnp.tanh(u)).astype(p.dtype), params, updates)
-        found = tekfac.curvature(opt_state), tekfac.diagnostics(opt_state)
+        found = tekfac.curvature(opt_state), _factors_in(opt_state), tekfac.diagnostics(opt_state)
         finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), (updates, opt_state))
         return moved, opt_state, Step(params, grads, updates, *found, finite)
 
@@ -339,6 +341,11 @@ def run_steps(problem: Problem, setting: Setting) -> list[Step]:
         steps.append(jax.tree.map(np.asarray, shown))
     assert tekfac.check_state(opt_state, problem.layers) == ""
     return steps
+
+
+def _factors_in(opt_state: Any) -> list[Any]:
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, LayerState))
+    return [(node.phi, node.psi) for node in nodes if isinstance(node, LayerState)]
 
 
 def _statistics_function(problem: Problem, setting: Setting) -> Any:
@@ -406,6 +413,21 @@ def tolerance_of_capture(network: Network) -> float:
     if any(block.dtype == "bfloat16" for block in network.blocks):
         return 5e-2
     return 1e-10 if all(b.param_dtype == "float64" for b in network.blocks) else 1e-4
+
+
+def assert_split_is_whole(network: Network, problem: Problem, setting: Setting, step: Step) -> None:
+    """The first factors of a batch that is split are those of the whole batch on one device."""
+    by_device = setting.split == "shard_map" and (
+        setting.source == "sampled" or any(block.norm == "batch" for block in network.blocks)
+    )
+    chosen = setting.options.get("rescaling_examples") is not None  # of a device's own examples
+    if setting.split is None or by_device or chosen:
+        return
+    (whole, *_) = run_steps(problem, setting._replace(split=None))
+    single = setting.options.get("factor_dtype") == "float32"
+    bound = 10 * max(tolerance_of_capture(network), 1e-5 if single else 0)
+    for x, y in zip(*map(jax.tree.leaves, (step.factors, whole.factors)), strict=True):
+        assert np.linalg.norm(x - y) <= bound * np.linalg.norm(y)
 
 
 def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -> None:

@@ -36,6 +36,7 @@ def check_network(network, setting):
     fuzzing.assert_captured_exactly(network, problem)
     steps = fuzzing.run_steps(problem, setting)
     fuzzing.assert_dense_solves(problem, setting, steps)
+    fuzzing.assert_split_is_whole(network, problem, setting, steps[0])
 
 
 @x64_standard
@@ -69,7 +70,7 @@ of_float32_averages = pytest.mark.filterwarnings("ignore:scatter inputs have inc
 
 @of_float32_averages
 @x64_standard
-@FEW
+@settings(FEW, max_examples=2)
 @given(network=fuzzing.networks())
 def test_any_nnx_module_is_its_linen_module(network):
     check_nnx(network)
