@@ -27,7 +27,7 @@ jaxtyping.install_import_hook(
 )
 
 
-EVERY = 8  # of the cases of a test marked `sampled` so many make one in the default run
+EVERY = 12  # of the cases of a test marked `sampled` so many make one in the default run
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied

@@ -72,6 +72,7 @@ def test_checkpoints_are_restored():
     assert sentence == ""  # nothing was known yet, so that nothing is missing
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of tensorboardX
 def test_tensorboard_is_given_every_scalar(tmp_path, monkeypatch):
     """The fragment of the page, and what TensorBoard would read."""

@@ -17,7 +17,7 @@ from tests.test_errors import simple_case
 # The same examples each time: a failure must be one of the change at hand. Each is a program to
 # compile, so there are few of them, and they are not made smaller.
 FEW = settings(
-    max_examples=4, deadline=None, derandomize=True, database=None,
+    max_examples=3, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck), phases=[Phase.generate],
 )  # fmt: skip
 MANY = settings(FEW, max_examples=36)

@@ -272,6 +272,7 @@ def test_settings_are_divided():
         make_optimizer("sgd", None, {"damping": 1.0})
 
 
+@pytest.mark.slow
 def test_theta_stays_as_it_is_without_transport():
     loss, params, x, layers = simple_case()
     intervals = {"factor_interval": 1, "eigenbasis_interval": 2, "rescaling_interval": 3}

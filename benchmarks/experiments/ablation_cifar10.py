@@ -39,7 +39,7 @@ EXPERIMENT = Experiment(
         _entry("no momentum", momentum=0.0),
         _entry("momentum first", "tekfac-momentum-first"),
         _entry("32 examples", rescaling_examples=32),
-        _entry("no transport of Θ", "tekfac-without-transport"),
+        _entry("no transport", "tekfac-without-transport"),
     ),
     epochs=4,
     seeds=(0, 1),
