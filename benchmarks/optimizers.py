@@ -1,5 +1,7 @@
 """The optimizers under comparison, by name."""
 
+import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -31,6 +33,12 @@ class Recipe(NamedTuple):
 
 def _sgd(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformation:
     return optax.sgd(learning_rate, momentum=momentum)
+
+
+def _kron(learning_rate: Any, update_probability: float = 0.03) -> optax.GradientTransformation:
+    """PSGD Kron; by default it updates its factors as often as its own schedule does in the end."""
+    kron = importlib.import_module("psgd_jax.kron").kron
+    return kron(learning_rate, preconditioner_update_probability=update_probability)
 
 
 def tekfac_momentum_first(
@@ -87,6 +95,8 @@ RECIPES = {
     "tekfac-momentum-first": Recipe(tekfac_momentum_first, True, 0.01),
     "tekfac-without-transport": Recipe(tekfac_without_transport, True, 0.01),
 }
+if importlib.util.find_spec("psgd_jax") is not None:  # it wants an older optax: `benchmarks.peers`
+    RECIPES["kron"] = Recipe(_kron, False, 0.001)
 OPTIMIZERS = tuple(RECIPES)
 
 

@@ -1,11 +1,14 @@
-"""What a step of kfac-jax costs: ``python -m benchmarks.peers --out out``.
+"""What a step of kfac-jax and of PSGD Kron costs: ``python -m benchmarks.peers --out out``.
 
-It does not run on the versions of jax that tekfac_jax is made for, and wants an environment of its
-own (`benchmarks.kfac_jax_trainer` says which). distributed-kron 2.0 cannot be timed beside SGD at
-all: with jax 0.6.2 to 0.10.2 its import fails.
+Neither runs on the versions that tekfac_jax is made for, so each wants an environment of its own:
+`benchmarks.kfac_jax_trainer` says which for the one, and for the other it is::
 
-As in `benchmarks.speed` each step is a ratio to one of SGD with momentum that ran in the same
-round of the same process, on the same random images, at batch 128.
+    pip install "jax==0.10.2" "flax==0.12.8" "optax==0.2.6" psgd-jax
+    pip install rich matplotlib scikit-learn pillow jaxtyping
+
+What is installed is timed. As in `benchmarks.speed` each step is a ratio to one of SGD with momentum
+that ran in the same round of the same process, on the same random images, at batch 128. (Kron is that
+of psgd-jax: distributed-kron, by the same author, cannot be imported with jax 0.6.2 to 0.10.2.)
 """
 
 import argparse
@@ -13,7 +16,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +24,40 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.errors import UsageError
-from benchmarks.kfac_jax_trainer import NOT_INSTALLED, KfacJaxTrainer, is_installed
+from benchmarks.kfac_jax_trainer import KfacJaxTrainer, is_installed
 from benchmarks.loop import Task, Trainer
+from benchmarks.optimizers import RECIPES
 from benchmarks.options import exit_with
 from benchmarks.speed import make_task
 from benchmarks.timing import MODELS, in_turn, ratios, settings
 
-_PERIOD = 10  # of the factors and inverses
 _BATCH = 128
-NAME = f"kfac-jax, {_PERIOD}/{_PERIOD}"
+_NOT_INSTALLED = (
+    "neither kfac-jax nor psgd-jax is installed; each needs an environment of its own: "
+    "benchmarks/kfac_jax_trainer.py and benchmarks/peers.py say which"
+)
+
+
+class Peer(NamedTuple):
+    """An optimizer that is timed over whole periods of its refreshes."""
+
+    make: Callable[[Task], Any]
+    period: int
+
+
+def peers() -> dict[str, Peer]:
+    """Those that are installed, by name."""
+    found = {}
+    if is_installed():
+        periods = {"curvature_update_period": 10, "inverse_update_period": 10}
+        found["kfac-jax, 10/10"] = Peer(lambda task: KfacJaxTrainer(task, periods), 10)
+    if "kron" in RECIPES:  # it refreshes at random steps: a long period
+        found["PSGD Kron, 0.03"] = Peer(lambda task: Trainer(task, "kron", {}), 100)
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times kfac-jax on the models that are asked for, prints a table and writes JSON."""
+    """Times the peers on the models that are asked for, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--models", default="mlp", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=15)
@@ -43,14 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
-    if not is_installed():
-        exit_with(UsageError(NOT_INSTALLED), "peers")
+    installed = peers()
+    if not installed:
+        exit_with(UsageError(_NOT_INSTALLED), "peers")
     results = {
-        name: measure(make_task(name, _BATCH), options.rounds, options.warm_ups)
+        name: measure(make_task(name, _BATCH), installed, options.rounds, options.warm_ups)
         for name in options.models.split(",")
     }
     table = Table("ratio to a step of SGD with momentum", *results)
-    table.add_row(NAME, *(f"{found[NAME]['ratio']:.2f}" for found in results.values()))
+    for peer in installed:
+        table.add_row(peer, *(f"{found[peer]['ratio']:.2f}" for found in results.values()))
     Console(width=100).print(table)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "peers.json"
@@ -60,13 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written: {path}")
 
 
-def measure(task: Task, rounds: int, warm_ups: int) -> dict[str, Any]:
-    """The median ratio, and quartiles, of a step of kfac-jax: the mean over a period."""
-    periods = {"curvature_update_period": _PERIOD, "inverse_update_period": _PERIOD}
-    steps = {
-        "sgd": _stepping(task, Trainer(task, "sgd", {"learning_rate": 0.0}), 1),
-        NAME: _stepping(task, KfacJaxTrainer(task, periods), _PERIOD),
-    }
+def measure(task: Task, timed: dict[str, Peer], rounds: int, warm_ups: int) -> dict[str, Any]:
+    """The median ratio, and quartiles, of a step of each peer: the mean over a period."""
+    steps = {"sgd": _stepping(task, Trainer(task, "sgd", {"learning_rate": 0.0}), 1)}
+    for name, peer in timed.items():
+        steps[name] = _stepping(task, peer.make(task), peer.period)
     in_turn(steps, warm_ups)
     found = ratios(in_turn(steps, rounds), "sgd")
     del found["sgd"]

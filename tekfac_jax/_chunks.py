@@ -15,6 +15,9 @@ _EXAMPLES_CPU = 8
 _EXAMPLES = 32
 _NUMBERS = 2**26
 
+# So many numbers are handled at once, of however many examples: a loop would only take compiling.
+_NO_LOOP = 2**21
+
 # From `a` [*lead, n, t, in[+1]] and `u` [*lead, n, t, out] to sums over the n examples.
 Contraction = Callable[[jax.Array, jax.Array], Any]
 
@@ -124,9 +127,16 @@ def chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
         numbers, factors = t * (t + o), o * o
     else:
         numbers, factors = t * (i + o) + i * o, i * i + o * o
+    if layers * n * numbers <= _NO_LOOP:
+        return n
     # Adding a chunk's factors to the sum shall not cost more than reading the chunk.
     wished = max(usual_size(), 2 * factors // (t * (i + o)))
     return max(1, min(n, wished, _NUMBERS // (layers * numbers)))
+
+
+def chunk_size_of(array: jax.Array, axis: int) -> int:
+    """The same for an array, with the examples along an axis."""
+    return array.shape[axis] if array.size <= _NO_LOOP else usual_size()
 
 
 def usual_size() -> int:

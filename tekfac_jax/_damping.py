@@ -15,22 +15,21 @@ FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
 
 
 def trace_damping(
-    spec: LayerSpec, theta: jax.Array, rest: jax.Array, trace_floor: jax.Array | float
+    spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | float
 ) -> jax.Array:
     """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue, (*lead) or what broadcasts to it.
 
     The features of a normalisation are one layer together.
     """
-    traces, number = jnp.sum(theta, axis=(-2, -1)) + rest, spec.in_dim * spec.out_dim
+    number = spec.in_dim * spec.out_dim
     if spec.kind == "norm" and spec.groups > 1:
-        traces, number = jnp.sum(traces, axis=-1, keepdims=True), number * spec.groups
-    return jnp.maximum(traces, trace_floor) / number
+        trace, number = jnp.sum(trace, axis=-1, keepdims=True), number * spec.groups
+    return jnp.maximum(trace, trace_floor) / number
 
 
 def layer_dampings(
     layers: Layers,
-    theta: Mapping[str, jax.Array],
-    rest: Mapping[str, jax.Array],
+    trace: Mapping[str, jax.Array],
     valid: Mapping[str, jax.Array],
     *,
     damping: Damping,
@@ -42,8 +41,7 @@ def layer_dampings(
 
     Args:
         layers: all layers of the network.
-        theta: debiased Θ of each layer, (*lead, in[+1], out).
-        rest: debiased trace outside of the columns that are kept, (*lead).
+        trace: debiased tr Θ of each layer, with what lies outside of a truncated basis, (*lead).
         valid: whether that Θ can be used, (*lead).
         damping: ``"trace"`` (Eq. 3.5), a number (Eq. 3.4), or ``"auto"``: trace damping in a
             network with conv layers, `FIXED_DAMPING` in another.
@@ -57,9 +55,9 @@ def layer_dampings(
         damping = "trace" if follows_trace(layers, damping) else FIXED_DAMPING
 
     def own(path: str) -> jax.Array:
-        dtype = theta[path].dtype
+        dtype = trace[path].dtype
         if isinstance(damping, str):
-            rule = trace_damping(layers[path], theta[path], rest[path], trace_floor)
+            rule = trace_damping(layers[path], trace[path], trace_floor)
         else:
             rule = jnp.asarray(damping, dtype)
         return jnp.broadcast_to(rule * damping_scale, layers[path].lead).astype(dtype)

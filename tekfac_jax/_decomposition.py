@@ -1,5 +1,6 @@
 """Finding the eigenbasis of a factor: from scratch, or from the basis that was there before."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from tekfac_jax._eigenbasis import matrix_trace
 from tekfac_jax._layers import zeros_like
 
 HIGHEST = lax.Precision.HIGHEST
@@ -18,7 +20,7 @@ SMALL = 2
 # A basis Q of Φ is good enough where ‖ΦQ − QΛ‖ is at most this share of ‖Φ‖, Λ = diag(QᵀΦQ).
 TOLERANCE = 0.01
 
-_SMALL_EIGH = 128  # of so many rows `eigh` takes no longer than a pass of subspace iteration
+_SMALL_EIGH = 256  # of so many rows `eigh` takes few milliseconds, and less to compile
 _PASSES = 2  # of subspace iteration, before a decomposition from scratch
 _PROBES = 4  # random directions in which eigenvectors that are missing are looked for
 
@@ -88,28 +90,33 @@ class _Iterate(NamedTuple):
     image: jax.Array  # (d, r) ΦQ
     probes: jax.Array  # (d, p) unit vectors outside of Q, after one multiplication with Φ
     error: jax.Array  # () how far Q is from the top eigenvectors, over ‖Φ‖
-    passes: jax.Array
+    passes: jax.Array  # () after the first, which only measures the basis that was there before
 
 
 def _update(factor: Array, old: Array, valid: Array) -> Array:
     """`updated_eigenvectors` of one factor with trace one."""
+
+    def as_it_is(it: _Iterate) -> tuple[Array, Array]:
+        return it.q, jnp.matmul(factor, it.q, precision=HIGHEST)
+
+    def one_more(it: _Iterate) -> _Iterate:
+        improved = functools.partial(_improved, factor)
+        q, image = lax.cond(it.passes < 0, as_it_is, improved, it)
+        return _measured(factor, q, image, it.passes + 1)
+
+    nothing = jax.eval_shape(lambda: _measured(factor, old, factor @ old, jnp.int32(valid)))
+    start = jax.tree.map(zeros_like, nothing)._replace(
+        q=old, error=lax.full_like(nothing.error, jnp.inf), passes=jnp.where(valid, -1, _PASSES)
+    )
+    end = lax.while_loop(
+        lambda it: (it.error > TOLERANCE) & (it.passes < _PASSES), one_more, start
+    )
     rank = old.shape[-1]
-
-    def warm() -> tuple[Array, Array]:
-        start = _measured(factor, old, jnp.matmul(factor, old, precision=HIGHEST), jnp.int32(0))
-        end = lax.while_loop(
-            lambda it: (it.error > TOLERANCE) & (it.passes < _PASSES),
-            lambda it: _one_pass(factor, it),
-            start,
-        )
-        return end.q, end.error
-
-    q, error = lax.cond(valid, warm, lambda: (old, jnp.full_like(factor[0, 0], jnp.inf)))
-    return lax.cond(error <= TOLERANCE, lambda: q, lambda: _eigh(factor)[:, -rank:])
+    return lax.cond(end.error <= TOLERANCE, lambda: end.q, lambda: _eigh(factor)[:, -rank:])
 
 
-def _one_pass(factor: Array, it: _Iterate) -> _Iterate:
-    """Q ← the part of span[ΦQ, probes] in which Φ is largest."""
+def _improved(factor: Array, it: _Iterate) -> tuple[Array, Array]:
+    """Q ← the part of span[ΦQ, probes] in which Φ is largest, and ΦQ."""
     rank = it.q.shape[-1]
     # The largest first: a column takes from those before it.
     block = jnp.concatenate([it.image[:, ::-1], it.probes], axis=-1)
@@ -120,7 +127,7 @@ def _one_pass(factor: Array, it: _Iterate) -> _Iterate:
         q, image = (jnp.matmul(x, ritz, precision=HIGHEST) for x in (q, image))
     else:  # Rayleigh-Ritz in all dimensions would be the decomposition from scratch
         q, image = q[:, ::-1], image[:, ::-1]
-    return _measured(factor, q, image, it.passes + 1)
+    return q, image
 
 
 def _measured(factor: Array, q: Array, image: Array, passes: Array) -> _Iterate:
@@ -150,7 +157,7 @@ def _eigh(factor: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 def _unit_trace(factor: Float[Array, "*lead d d"]) -> Float[Array, "*lead d d"]:
-    total = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
+    total = matrix_trace(factor)[..., None, None]
     return factor / jnp.where(total > 0, total, 1)
 
 

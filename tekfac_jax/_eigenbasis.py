@@ -14,7 +14,14 @@ def trace(
     factor: Float[Array, "..."], q: Float[Array, "*lead d r"] | None
 ) -> Float[Array, "*lead"]:
     """The trace of each factor; without a basis it is the vector of a diagonal."""
-    return jnp.sum(factor, axis=-1) if q is None else jnp.trace(factor, axis1=-2, axis2=-1)
+    return jnp.sum(factor, axis=-1) if q is None else matrix_trace(factor)
+
+
+def matrix_trace(x: Float[Array, "*lead d d"]) -> Float[Array, "*lead"]:
+    """Σ_k x_kk, from the diagonal alone: `jnp.trace` masks the whole matrix."""
+    dim = x.shape[-1]
+    flat = x.reshape(*x.shape[:-2], dim * dim)
+    return jnp.sum(lax.slice_in_dim(flat, 0, None, dim + 1, axis=-1), axis=-1)
 
 
 def eigenvalues_in(
@@ -40,18 +47,26 @@ def transport(
     exactly what `eigh` may do to the order and the signs of its columns. Outside of the columns
     that are kept the old operator is θ⊥, and `rest` is what of its trace lies there.
     """
-    (old_phi, old_psi), (new_phi, new_psi) = old, new
-    perp = outside(theta, rest, old)
-    moved = theta - perp[..., None, None]
-    if old_phi is not None and new_phi is not None:
-        r_phi = jnp.matmul(old_phi.mT, new_phi, precision=HIGHEST) ** 2
-        moved = jnp.matmul(r_phi.mT, moved, precision=HIGHEST)
-    r_psi = jnp.matmul(old_psi.mT, new_psi, precision=HIGHEST) ** 2
-    moved = jnp.matmul(moved, r_psi, precision=HIGHEST) + perp[..., None, None]
     if _number_outside(theta, old) == 0:
-        return moved, rest
+        return _seen_in(theta, old, new), rest
+    perp = outside(theta, rest, old)
+    moved = _seen_in(theta - perp[..., None, None], old, new) + perp[..., None, None]
     total = jnp.sum(theta, axis=(-2, -1)) + rest
     return moved, jnp.maximum(total - jnp.sum(moved, axis=(-2, -1)), 0)
+
+
+def _seen_in(
+    theta: Float[Array, "*lead r p"],
+    old: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
+    new: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
+) -> Float[Array, "*lead r p"]:
+    """(R_Φ∘R_Φ)ᵀ Θ (R_Ψ∘R_Ψ)."""
+    (old_phi, old_psi), (new_phi, new_psi) = old, new
+    if old_phi is not None and new_phi is not None:
+        r_phi = jnp.matmul(old_phi.mT, new_phi, precision=HIGHEST) ** 2
+        theta = jnp.matmul(r_phi.mT, theta, precision=HIGHEST)
+    r_psi = jnp.matmul(old_psi.mT, new_psi, precision=HIGHEST) ** 2
+    return jnp.matmul(theta, r_psi, precision=HIGHEST)
 
 
 def outside(

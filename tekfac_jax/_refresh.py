@@ -153,9 +153,9 @@ def update_factors(tools: Tools, layer: LayerState, source: Source) -> LayerStat
     def average(layer: LayerState) -> LayerState:
         sums = source.factors(tools.spec, layer, tools.kind_of_factors)
         total = tools.devices.total_of_factors(sums, tools.spec)
-        new = _mean(total, source.examples)
         # Of a sum of squares the diagonal is not finite where anything is not.
-        ok = jnp.isfinite(trace(new.phi, layer.q_phi) + trace(new.psi, layer.q_psi))
+        ok = jnp.isfinite(trace(total.phi, layer.q_phi) + trace(total.psi, layer.q_psi))
+        new = _mean(total, source.examples)
         beta = options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
         psi = _average(ok, beta, layer.psi, new.psi)
@@ -276,10 +276,9 @@ def _basis_of(
 def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
     """The layer with a new basis, or its old one where the new one cannot be used."""
     old, new = (layer.q_phi, layer.q_psi), (q_phi, q_psi)
-    ok = functools.reduce(
-        jnp.logical_and, [jnp.isfinite(jnp.sum(q, axis=(-2, -1))) for q in jax.tree.leaves(new)]
-    )
     moved = transport(layer.theta, layer.rest, old, new)
+    # What is not finite in Q is not in Θ either: each of its numbers meets every column's.
+    ok = jnp.isfinite(jnp.sum(moved[0], axis=(-2, -1)))
     (q_phi, q_psi), (theta, rest) = jax.tree.map(
         lambda x, y: jnp.where(for_each(ok, x), x, y),
         (new, moved),
@@ -307,8 +306,7 @@ def update_rescaling(tools: Tools, layer: LayerState, source: Source) -> LayerSt
 
     def average(layer: LayerState) -> LayerState:
         total = tools.devices.total(source.rescaling(tools.spec, layer))
-        new = _mean(total, source.examples)
-        return _average_theta(tools, layer, new)
+        return _average_theta(tools, layer, total, source.examples)
 
     with jax.named_scope("tekfac rescaling"):
         return tools.refresh(due & layer.basis_valid & (source.examples != 0), average, layer)
@@ -321,19 +319,18 @@ def _rescaling_due(tools: Tools, layer: LayerState) -> jax.Array:
 def update_running_rescaling(
     tools: Tools, layer: LayerState, gradient: jax.Array, batch: Batch
 ) -> LayerState:
-    """Every T_RE steps: Θ from the mini-batch gradient alone, N (Q_Φᵀ ḡ Q_Ψ)².
+    """Every T_RE steps: Θ from the mini-batch gradient alone, N (Q_Φᵀ ḡ Q_Ψ)² with ḡ = Σ G_n / N.
 
     Needs no statistics, but its expectation is Θ + (N−1)μ², μ the rotated mean gradient.
     """
 
     def average(layer: LayerState) -> LayerState:
         dtype = layer.theta.dtype
-        mean = gradient.astype(dtype) * batch.to_mean.astype(dtype)
-        theta = batch.examples.astype(dtype) * rotate(mean, layer.q_phi, layer.q_psi) ** 2
-        total = batch.examples.astype(dtype) * jnp.sum(mean**2, axis=(-2, -1))
-        return _average_theta(
-            tools, layer, _statistics.Rescaling(theta, _rest(tools, total, theta))
-        )
+        to_total = batch.to_mean.astype(dtype) * batch.examples.astype(dtype)
+        total = gradient.astype(dtype) * to_total
+        theta = rotate(total, layer.q_phi, layer.q_psi) ** 2
+        rest = _rest(tools, jnp.sum(total**2, axis=(-2, -1)), theta)
+        return _average_theta(tools, layer, _statistics.Rescaling(theta, rest), batch.examples)
 
     return tools.refresh(_rescaling_due(tools, layer) & layer.basis_valid, average, layer)
 
@@ -355,12 +352,15 @@ def _rest(tools: Tools, total: jax.Array, theta: jax.Array) -> jax.Array:
     return jnp.maximum(total - jnp.sum(theta, axis=(-2, -1)), 0)
 
 
-def _average_theta(tools: Tools, layer: LayerState, new: _statistics.Rescaling) -> LayerState:
-    ok = jnp.isfinite(jnp.sum(new.theta, axis=(-2, -1)) + new.rest)
-    beta = tools.options.rescaling_decay
+def _average_theta(
+    tools: Tools, layer: LayerState, total: _statistics.Rescaling, examples: jax.Array
+) -> LayerState:
+    ok = jnp.isfinite(jnp.sum(total.theta, axis=(-2, -1)) + total.rest)
+    new, beta = _mean(total, examples), tools.options.rescaling_decay
+    is_whole = keeps_all(tools.spec, layer.theta.shape)
     return layer._replace(
         theta=_average(ok, beta, layer.theta, new.theta),
-        rest=_average(ok, beta, layer.rest, new.rest),
+        rest=layer.rest if is_whole else _average(ok, beta, layer.rest, new.rest),
         theta_weight=_average(ok, beta, layer.theta_weight, 1.0),
         **_noted(layer, _RESCALING, ok),
     )
@@ -368,10 +368,11 @@ def _average_theta(tools: Tools, layer: LayerState, new: _statistics.Rescaling) 
 
 def _noted(layer: LayerState, kind: int, ok: jax.Array) -> dict[str, jax.Array]:
     """The fields that count failures, after a refresh of one kind."""
-    in_a_row = layer.failed_in_a_row
+    before, failed = layer.failed_in_a_row, jnp.int32(~ok)
+    after = (before + 1) * failed[..., None]
     return {
-        "failures": layer.failures + jnp.int32(~ok),
-        "failed_in_a_row": in_a_row.at[..., kind].set(jnp.where(ok, 0, in_a_row[..., kind] + 1)),
+        "failures": layer.failures + failed,
+        "failed_in_a_row": jnp.where(jnp.arange(KINDS) == kind, after, before),
     }
 
 

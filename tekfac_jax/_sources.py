@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tekfac_jax import _statistics
-from tekfac_jax._chunks import map_over_examples, sum_in_chunks, sum_over_examples, usual_size
+from tekfac_jax._chunks import chunk_size_of, map_over_examples, sum_in_chunks, sum_over_examples
 from tekfac_jax._contract import Factors, factors_of, rescaling_of
 from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
 from tekfac_jax._reduced import Reduced
@@ -70,7 +70,8 @@ class Formed(NamedTuple):
         return self._total(contract, spec)
 
     def _total(self, contract: Any, spec: LayerSpec) -> Any:
-        return sum_in_chunks(contract, self.g, len(spec.lead), usual_size())
+        axis = len(spec.lead)
+        return sum_in_chunks(contract, self.g, axis, chunk_size_of(self.g, axis))
 
 
 class Summed(NamedTuple):

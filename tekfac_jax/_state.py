@@ -194,6 +194,11 @@ def debiased(average: jax.Array, weight: jax.Array) -> jax.Array:
     return average / for_each(jnp.where(weight > 0, weight, 1), average)
 
 
+def trace_of_theta(layer: LayerState) -> jax.Array:
+    """tr Θ, debiased, with what lies outside of the columns that are kept."""
+    return debiased(jnp.sum(layer.theta, axis=(-2, -1)) + layer.rest, layer.theta_weight)
+
+
 def for_each(x: jax.Array, like: jax.Array) -> jax.Array:
     """A (*lead) array with axes behind it, so that it meets `like` layer by layer."""
     return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))

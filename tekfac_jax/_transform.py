@@ -57,6 +57,7 @@ from tekfac_jax._state import (
     for_each,
     initial_state,
     is_valid,
+    trace_of_theta,
     unfolded,
 )
 
@@ -125,9 +126,10 @@ def _algorithm(
 
         theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
         rest = {path: debiased(layer.rest, layer.theta_weight) for path, layer in new.items()}
+        trace = {path: trace_of_theta(layer) for path, layer in new.items()}
         valid = {path: is_valid(layer) for path, layer in new.items()}
         damping = layer_dampings(
-            layers, theta, rest, valid,
+            layers, trace, valid,
             damping=options.damping, trace_floor=options.trace_floor,
             damping_scale=options.damping_scale, fc_damping=options.fc_damping,
         )  # fmt: skip
@@ -142,7 +144,9 @@ def _algorithm(
             natural = by_shape(precondition, operands)
         fallen_back = {path: _has_fallen_back(layer, options) for path, layer in new.items()}
         directions = {
-            path: _direction(g, natural[path], operands[path], valid[path], fallen_back[path])
+            path: _direction(
+                g, natural[path], trace[path], damping[path], valid[path], fallen_back[path]
+            )
             for path, g in gradients.items()
         }
         new = {
@@ -212,16 +216,20 @@ def _meaning(member: Member, options: Options) -> Meaning:
 def _has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
     if options.max_failures is None:
         return jnp.zeros_like(layer.fallen_back)
-    return jnp.max(layer.failed_in_a_row, axis=-1) >= options.max_failures
+    return jnp.any(layer.failed_in_a_row >= options.max_failures, axis=-1)
 
 
 def _direction(
-    g: jax.Array, natural: jax.Array, operands: Any, valid: jax.Array, fallen_back: jax.Array
+    g: jax.Array,
+    natural: jax.Array,
+    trace: jax.Array,
+    damping: jax.Array,
+    valid: jax.Array,
+    fallen_back: jax.Array,
 ) -> jax.Array:
     """The natural gradient; as long as there is no curvature to rely on, the scaled one, or G."""
-    *_, theta, rest, damping = operands
-    mean = (jnp.sum(theta, axis=(-2, -1)) + rest) / (g.shape[-2] * g.shape[-1])
-    scaled = g.astype(theta.dtype) / for_each(mean + damping, g)
+    mean = trace / (g.shape[-2] * g.shape[-1])
+    scaled = g.astype(trace.dtype) / for_each(mean + damping, g)
     best = jnp.where(for_each(fallen_back, g), scaled, natural)
     return jnp.where(for_each(valid, g), best.astype(g.dtype), g)
 

@@ -24,7 +24,7 @@ from benchmarks.data import DATASETS, DataError, load_dataset
 from benchmarks.errors import UsageError
 from benchmarks.loop import Task, Trainer, cosine
 from benchmarks.models import MODELS, make_model
-from benchmarks.optimizers import OPTIMIZERS, Curvature
+from benchmarks.optimizers import OPTIMIZERS, RECIPES, Curvature
 from benchmarks.options import parse
 from benchmarks.search import TRIALS, search_learning_rate
 from benchmarks.soap import soap
@@ -780,13 +780,13 @@ def test_profile(capsys):
         profile.main(["--steps", "0"])
 
 
-def test_peers_without_kfac_jax(tmp_path, monkeypatch, capsys):
-    """SGD in its place: periods, ratios and JSON; and a sentence where it is not installed."""
+def test_peers_that_are_not_installed(tmp_path, monkeypatch, capsys):
+    """SGD in their place: periods, ratios and JSON; and a sentence where there is none."""
     arguments = ["--models", "cnn", "--rounds", "2", "--out", str(tmp_path)]
     monkeypatch.setattr(peers, "is_installed", lambda: False)
     with pytest.raises(SystemExit):
         peers.main(arguments)
-    assert "kfac-jax, which needs an environment of its own" in capsys.readouterr().err
+    assert "neither kfac-jax nor psgd-jax is installed" in capsys.readouterr().err
 
     asked = []
 
@@ -796,11 +796,12 @@ def test_peers_without_kfac_jax(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(peers, "is_installed", lambda: True)
     monkeypatch.setattr(peers, "KfacJaxTrainer", stand_in)
+    monkeypatch.setitem(peers.RECIPES, "kron", RECIPES["sgd"])
     peers.main(arguments)
     assert asked == [{"curvature_update_period": 10, "inverse_update_period": 10}]
     found = json.loads((tmp_path / "peers.json").read_text())["results"]["cnn"]
-    assert set(found) == {"kfac-jax, 10/10"}
-    assert found["kfac-jax, 10/10"]["ratio"] > 0
+    assert set(found) == {"kfac-jax, 10/10", "PSGD Kron, 0.03"}
+    assert all(peer["ratio"] > 0 for peer in found.values())
 
 
 def test_images_have_a_natural_spectrum():

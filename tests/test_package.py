@@ -15,7 +15,7 @@ ROOMS = [
     "_checks", "_layers", "_pytrees", "_fresh", "_marks", "_usage", "_replay", "_record",
     "_flax_layers", "_linen", "_trace", "_judge", "_plan", "_orders", "_chunks", "_stacked",
     "_statistics", "_embedding", "_norms", "_contract", "_reduced",
-    "_decomposition", "_eigenbasis", "_devices", "_folding",
+    "_eigenbasis", "_decomposition", "_devices", "_folding",
     "_state", "_compatibility", "_readers", "_restore", "_damping", "_options",
     "_sharding", "_gather", "_capture", "_steps", "_check", "_fisher", "_batch",
     "_sources", "_refresh", "_schedule", "_transform", "_optimizers", "train_state",

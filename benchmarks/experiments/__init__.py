@@ -4,6 +4,7 @@
 ORDER = (
     "reading_resnet8_cifar10",
     "reading_vggmini_cifar10",
+    "reading_digits",
     "half_resnet8_cifar10",
     "half_vggmini_cifar10",
     "ablation_cifar10",
