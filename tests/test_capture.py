@@ -450,6 +450,7 @@ def batch_norm_case():
     return model, x, variables
 
 
+@pytest.mark.sampled
 @x64_standard
 @pytest.mark.parametrize("inside", [False, True], ids=["params", "all variables"])
 @pytest.mark.parametrize("by_keyword", [False, True])
@@ -517,6 +518,7 @@ def test_other_arguments_that_stay_static(flag):
     assert_sums_to_gradient(layers, stats, grads, SINGLE)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("narrow", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("half", ["compute", "params", "both", "cast in the loss"])
 def test_half_precision(half, narrow):

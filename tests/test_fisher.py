@@ -54,6 +54,7 @@ def fisher_case(shape):
     return predict, params, x, tekfac.find_layers(predict, params, x)
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _LIKELIHOODS)
 def test_sampled_labels(name):

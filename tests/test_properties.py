@@ -160,6 +160,7 @@ def test_chunks_of_examples_add_up(n):
 # Rows 5, 6, 7 ------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 @pytest.mark.parametrize("sibling", ["tekfac", "ekfac"])
 def test_error_of_the_measured_diagonal(name, sibling):
@@ -342,6 +343,7 @@ def test_orthogonal_change_of_variables_is_followed(sibling):
 # Row 12 ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @every_case
 def test_signs_and_order_of_eigenvectors_do_not_matter(name):
     c = oracles.curvature_of(name)

@@ -156,6 +156,7 @@ def says_built_anew(sentence):
     return sentence.startswith("Layer 'conv' has an eigenbasis and no factors: they are built anew")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("optimizer", [tekfac.kfac, tekfac.tkfac])
 def test_a_bad_batch_after_restoring_without_factors(optimizer):
     """The product of eigenvalues is not taken of factors that are not there yet."""
