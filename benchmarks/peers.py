@@ -6,9 +6,10 @@ Neither runs on the versions that tekfac_jax is made for, so each wants an envir
     pip install "jax==0.10.2" "flax==0.12.8" "optax==0.2.6" psgd-jax
     pip install rich matplotlib scikit-learn pillow jaxtyping
 
-What is installed is timed. As in `benchmarks.speed` each step is a ratio to one of SGD with momentum
-that ran in the same round of the same process, on the same random images, at batch 128. (Kron is that
-of psgd-jax: distributed-kron, by the same author, cannot be imported with jax 0.6.2 to 0.10.2.)
+What is installed is timed. As in `benchmarks.speed` each step is a ratio to one of SGD with
+momentum that ran in the same round of the same process, on the same random images, at batch 128.
+(Kron is that of psgd-jax: distributed-kron, by the same author, cannot be imported with jax 0.6.2
+to 0.10.2.)
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """One run that survives being killed: a record when it is finished, a checkpoint until then."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from benchmarks.optimizers import divide
 from benchmarks.timing import settings as machine
 
 _CHECKPOINT_EVERY = 60.0  # seconds; a kill costs no more than that and an epoch
-_PACKAGES = ("tekfac_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 
 
 class OutOfTime(Exception):
@@ -188,6 +189,15 @@ def _epoch(
     return state, True
 
 
+def _versions() -> dict[str, str]:
+    """Of what took part; where kfac-jax is, tekfac_jax is not installed but run from its folder."""
+    found = {"tekfac_jax": tekfac_jax.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
 def _record(
     spec: RunSpec, trainer: Trains, state: TrainState, progress: Progress, finite: bool
 ) -> dict[str, Any]:
@@ -207,7 +217,7 @@ def _record(
         "mean_step_ms": 1e3 * statistics.fmean(seconds),
         "compile_seconds": trainer.compile_seconds,
         "parameters": trainer.task.num_parameters,
-        "versions": {package: version(package) for package in _PACKAGES},
+        "versions": _versions(),
         "machine": {**machine(), "load": _load()},
     }
 

@@ -34,7 +34,8 @@ def soap(
     """Adam in the eigenbasis of Shampoo's factors (Algorithm 3 of the paper).
 
     Kernels are matrices of (all inputs, outputs); vectors, and sides of more than `max_dim`, are
-    not rotated. The first step only sets the factors up. Every `interval` steps one orthogonal
+    not rotated. The first step only sets factors and bases up: were its gradient part of the mean
+    and not of the squares, steps without bound would follow. Every `interval` steps one orthogonal
     iteration updates each basis (Algorithm 4, without its reordering of the averages).
 
     Args:
@@ -97,10 +98,10 @@ def _step(
         b2 * old + (1 - b2) * new for old, new in zip(leaf.factors, products, strict=True)
     )
     rotated = rotate(g, leaf.bases, back=False)
-    mean = b1 * leaf.mean + (1 - b1) * g
+    mean = jnp.where(count > 0, b1 * leaf.mean + (1 - b1) * g, leaf.mean)
     square = jnp.where(count > 0, b2 * leaf.square + (1 - b2) * rotated**2, leaf.square)
     t = jnp.maximum(count, 1).astype(g.dtype)
-    direction = rotate(mean, leaf.bases, back=False) / (1 - b1 ** (t + 1))
+    direction = rotate(mean, leaf.bases, back=False) / (1 - b1**t)
     direction = direction / (jnp.sqrt(square / (1 - b2**t)) + eps)
     update = jnp.where(count > 0, rotate(direction, leaf.bases, back=True), 0)
 

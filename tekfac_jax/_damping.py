@@ -1,5 +1,6 @@
 """How much damping each layer gets, and how far a step may move the model's distribution."""
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -10,13 +11,12 @@ from tekfac_jax._layers import Layers, LayerSpec
 
 Damping = Literal["auto", "trace"] | float | jax.Array
 FcDamping = Literal["beta", "own"]
+DampingForm = Literal["exact", "factored"]
 
 FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
 
 
-def trace_damping(
-    spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | float
-) -> jax.Array:
+def trace_damping(spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | float) -> jax.Array:
     """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue, (*lead) or what broadcasts to it.
 
     The features of a normalisation are one layer together.
@@ -71,6 +71,26 @@ def layer_dampings(
                 own_dtype = dampings[path].dtype
                 dampings[path] = jnp.where(beta > 0, beta.astype(own_dtype), dampings[path])
     return dampings
+
+
+def by_factors(theta: jax.Array, damping: jax.Array, *, plain: bool) -> jax.Array:
+    """Θ of a Kronecker product whose factors are damped each by itself, less λ.
+
+    TKFAC (arXiv:2011.10741) damps √δΦ + √λI and √δΨ + √λI; KFAC (Martens and Grosse 2015, section
+    6.3) A + π√λI and U + √λ/πI, with π² = (tr A / dim A) / (tr U / dim U). In the eigenbasis either
+    product is Θ + λ + √(λ/δ) (c r ⊕ s/c), r and s the sums of Θ's rows and columns, c = 1 or
+    √(dim A / dim U).
+
+    Args:
+        theta: Θ = δ λ_Φ⊗λ_Ψ, debiased, of all columns, (*lead, in[+1], out).
+        damping: λ, (*lead).
+        plain: whether the factors are A and U.
+    """
+    rows, columns = (jnp.sum(theta, axis=axis, keepdims=True) for axis in (-1, -2))
+    delta = jnp.sum(rows, axis=-2, keepdims=True)
+    ratio = jnp.sqrt(damping[..., None, None] / jnp.where(delta > 0, delta, 1))
+    c = math.sqrt(theta.shape[-2] / theta.shape[-1]) if plain else 1.0
+    return theta + ratio * (c * rows + columns / c)
 
 
 def follows_trace(layers: Layers, damping: Damping) -> bool:

@@ -108,9 +108,7 @@ def _update(factor: Array, old: Array, valid: Array) -> Array:
     start = jax.tree.map(zeros_like, nothing)._replace(
         q=old, error=lax.full_like(nothing.error, jnp.inf), passes=jnp.where(valid, -1, _PASSES)
     )
-    end = lax.while_loop(
-        lambda it: (it.error > TOLERANCE) & (it.passes < _PASSES), one_more, start
-    )
+    end = lax.while_loop(lambda it: (it.error > TOLERANCE) & (it.passes < _PASSES), one_more, start)
     rank = old.shape[-1]
     return lax.cond(end.error <= TOLERANCE, lambda: end.q, lambda: _eigh(factor)[:, -rank:])
 

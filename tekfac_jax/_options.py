@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from tekfac_jax._checks import LARGEST_INTEGER, as_python, check_choice, check_flag, check_number
-from tekfac_jax._damping import Damping, FcDamping
+from tekfac_jax._damping import Damping, DampingForm, FcDamping
 from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import axis_names
 from tekfac_jax._folding import FOLD
@@ -45,6 +45,7 @@ class Options(NamedTuple):
     trace_floor: Number = 0.01
     damping_scale: Number = 1.0
     fc_damping: FcDamping = "beta"
+    damping_form: DampingForm = "exact"
     factors: FactorKind = "exact"
     rescaling: Rescaling = "exact"
     rescaling_examples: int | None = None
@@ -60,8 +61,14 @@ class Options(NamedTuple):
     factor_dtype: Any = None
 
 
-def validate(layers: Any, options: Options) -> Options:
-    """Raises a ValueError that names the argument, its value, the range and the remedy."""
+def validate(layers: Any, options: Options, *, measured: bool) -> Options:
+    """Raises a ValueError that names the argument, its value, the range and the remedy.
+
+    Args:
+        layers: what should be `Layers`.
+        options: what was passed.
+        measured: whether Θ is measured instead of a product of the factors' eigenvalues.
+    """
     check_layers(layers)
     if not layers:
         raise ValueError("layers is empty: there is nothing to precondition")
@@ -87,6 +94,7 @@ def validate(layers: Any, options: Options) -> Options:
     check_flag("shard_state", options.shard_state)
     _check_axis_name(options.axis_name)
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
+    _check_damping_form(options, measured)
     check_choice("factors", options.factors, get_args(FactorKind))
     check_choice("rescaling", options.rescaling, get_args(Rescaling))
     max_failures = as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
@@ -124,6 +132,23 @@ def _check_axis_name(value: Any) -> None:
             "axis_name must be the name of a pmap or shard_map axis, a tuple of such names, or "
             f"None, got {value!r}"
         )
+
+
+def _check_damping_form(options: Options, measured: bool) -> None:
+    check_choice("damping_form", options.damping_form, get_args(DampingForm))
+    if options.damping_form == "exact":
+        return
+    if measured:
+        raise ValueError(
+            'damping_form="factored" is for KFAC and TKFAC: a Θ that is measured is no product of '
+            'two factors that could be damped; leave it at "exact"'
+        )
+    for name in ("basis_rank", "max_dim"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f'damping_form="factored" needs all eigenvectors, and {name} leaves some out: '
+                "leave one of the two out"
+            )
 
 
 def _check_basis_rank(options: Options) -> None:

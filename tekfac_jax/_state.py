@@ -195,7 +195,7 @@ def debiased(average: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def trace_of_theta(layer: LayerState) -> jax.Array:
-    """tr Θ, debiased, with what lies outside of the columns that are kept."""
+    """The trace of Θ, debiased, with what lies outside of the columns that are kept."""
     return debiased(jnp.sum(layer.theta, axis=(-2, -1)) + layer.rest, layer.theta_weight)
 
 

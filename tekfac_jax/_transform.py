@@ -18,7 +18,7 @@ import optax
 
 from tekfac_jax._batch import check_reduced, read_batch, sampled
 from tekfac_jax._compatibility import check_state_fits
-from tekfac_jax._damping import Damping, FcDamping, layer_dampings
+from tekfac_jax._damping import Damping, DampingForm, FcDamping, by_factors, layer_dampings
 from tekfac_jax._decomposition import Method
 from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
@@ -133,6 +133,8 @@ def _algorithm(
             damping=options.damping, trace_floor=options.trace_floor,
             damping_scale=options.damping_scale, fc_damping=options.fc_damping,
         )  # fmt: skip
+        if options.damping_form == "factored":
+            theta = {p: by_factors(theta[p], damping[p], plain=member.plain) for p in layers}
         operands = {
             path: (
                 gradient.astype(theta[path].dtype), new[path].q_phi, new[path].q_psi,
@@ -262,6 +264,7 @@ def scale_by_tekfac(
     trace_floor: Number = 0.01,
     damping_scale: Number = 1.0,
     fc_damping: FcDamping = "beta",
+    damping_form: DampingForm = "exact",
     factors: FactorKind = "exact",
     rescaling: Rescaling = "exact",
     rescaling_examples: int | None = None,
@@ -301,6 +304,9 @@ def scale_by_tekfac(
         damping_scale: multiplies each λ, positive.
         fc_damping: ``"beta"``: under trace damping, Dense layers with one position in a network
             with conv layers take the largest λ of these; ``"own"``: their own.
+        damping_form: ``"exact"``: λ is added to Θ; ``"factored"``, for KFAC and TKFAC only: a part
+            of √λ to each factor, as their papers do (KFAC with π, section 6.3 of Martens and Grosse
+            2015; TKFAC √δΦ + √λI and √δΨ + √λI). Not with `basis_rank` or `max_dim`.
         factors: ``"exact"``: E[G Gᵀ] and E[Gᵀ G]; ``"location"``: positions (of a convolution,
             say) taken as uncorrelated.
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
@@ -365,23 +371,29 @@ def scale_by_tekfac(
     """
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
-        damping, trace_floor, damping_scale, fc_damping, factors, rescaling, rescaling_examples,
-        basis_rank, max_dim, eigenbasis, stagger, max_failures, axis_name, mesh, mesh_axis,
-        shard_state, factor_dtype,
+        damping, trace_floor, damping_scale, fc_damping, damping_form, factors, rescaling,
+        rescaling_examples, basis_rank, max_dim, eigenbasis, stagger, max_failures, axis_name,
+        mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
-    return _algorithm(layers, Member(plain=False, measured=True), validate(layers, options))
+    return _member(layers, options, plain=False, measured=True)
+
+
+def _member(
+    layers: Layers, options: Options, *, plain: bool, measured: bool
+) -> optax.GradientTransformationExtraArgs:
+    options = validate(layers, options, measured=measured)
+    return _algorithm(layers, Member(plain, measured), options)
 
 
 @same_arguments_as(scale_by_tekfac)
 def scale_by_tkfac(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """Natural gradient by trace-restricted Kronecker factors (TKFAC): Θ = δ λ_Φ⊗λ_Ψ.
 
-    Gao et al., arXiv:2011.10741; Eq. 2.8 to 2.10 of arXiv:2011.13609, with exact damping in the
-    eigenbasis. Arguments, errors and use: see `scale_by_tekfac`.
+    Gao et al., arXiv:2011.10741; Eq. 2.8 to 2.10 of arXiv:2011.13609. By default λ is added to Θ,
+    with ``damping_form="factored"`` to each factor. Arguments, errors and use: see
+    `scale_by_tekfac`.
     """
-    return _algorithm(
-        layers, Member(plain=False, measured=False), validate(layers, Options(**options))
-    )
+    return _member(layers, Options(**options), plain=False, measured=False)
 
 
 @same_arguments_as(scale_by_tekfac)
@@ -391,9 +403,7 @@ def scale_by_ekfac(layers: Layers, **options: Any) -> optax.GradientTransformati
     George et al. 2018; Eq. 2.7 of arXiv:2011.13609. Arguments, errors and use: see
     `scale_by_tekfac`.
     """
-    return _algorithm(
-        layers, Member(plain=True, measured=True), validate(layers, Options(**options))
-    )
+    return _member(layers, Options(**options), plain=True, measured=True)
 
 
 @same_arguments_as(scale_by_tekfac)
@@ -401,9 +411,7 @@ def scale_by_kfac(layers: Layers, **options: Any) -> optax.GradientTransformatio
     """Natural gradient by Kronecker factors (KFAC): Θ = λ_A⊗λ_U.
 
     Martens and Grosse 2015; Grosse and Martens 2016 for convolutions; Eq. 2.4 of
-    arXiv:2011.13609, with exact damping in the eigenbasis. Arguments, errors and use: see
-    `scale_by_tekfac`.
+    arXiv:2011.13609. By default λ is added to Θ, with ``damping_form="factored"`` to each factor,
+    divided by π. Arguments, errors and use: see `scale_by_tekfac`.
     """
-    return _algorithm(
-        layers, Member(plain=True, measured=False), validate(layers, Options(**options))
-    )
+    return _member(layers, Options(**options), plain=True, measured=False)

@@ -284,6 +284,7 @@ _BAD_OPTIONS = {
     "trace_floor": ((-1e-9, float("nan")), r"\[0, inf\)"),
     "damping_scale": ((0, -1, jnp.zeros(())), r"\(0, inf\)"),
     "fc_damping": (("alpha", None, 1.0), '"beta", "own"'),
+    "damping_form": (("pi", None, True), '"exact", "factored"'),
     "factors": (("Exact", None), '"exact", "location"'),
     "rescaling": (("never", 1), '"exact", "running"'),
     "factor_dtype": ((jnp.float16, "bfloat16", jnp.int32), "float32 or float64"),
@@ -315,6 +316,18 @@ def test_options_out_of_range(option, value, says):
     for ready in (tekfac.tekfac, tekfac.tkfac, tekfac.ekfac, tekfac.kfac):
         with pytest.raises(ValueError, match=f"{option} must be"):
             ready(0.1, layers, **{option: value})
+
+
+@pytest.mark.parametrize("member", SCALE_BY)
+def test_factored_damping_only_where_there_are_factors(member):
+    layers, factored = simple_case()[-1], {"damping_form": "factored"}
+    if member in ("tekfac", "ekfac"):
+        with pytest.raises(ValueError, match=r'"factored" is for KFAC and TKFAC.*"exact"'):
+            SCALE_BY[member](layers, **factored)
+        return
+    for option in ({"basis_rank": "auto"}, {"max_dim": 4}):
+        with pytest.raises(ValueError, match=f"all eigenvectors, and {next(iter(option))}"):
+            SCALE_BY[member](layers, **factored, **option)
 
 
 @pytest.mark.parametrize(("option", "value", "says"), _cases(_BAD_READY_OPTIONS))

@@ -419,6 +419,27 @@ def test_update_is_the_dense_solve(name, sibling, damping):
 
 @pytest.mark.sampled
 @every_case
+@pytest.mark.parametrize("sibling", ["kfac", "tkfac"])
+@pytest.mark.parametrize("damping", ["trace", 0.02])
+def test_factored_damping_is_added_to_the_factors(name, sibling, damping):
+    """KFAC: A + π√λI and U + √λ/πI; TKFAC: √δΦ + √λI and √δΨ + √λI."""
+    case = make_case(name)
+    grads, _ = case.grads_and_stats()
+    options = {"damping": damping, "fc_damping": "own", "damping_form": "factored"}
+    update, state = oracles.one_update(case, sibling, **options)
+    root = np.sqrt(float(tekfac.diagnostics(state)[f"{case.path}/damping"]))
+    left, right = contract(case, plain_factors if sibling == "kfac" else exact_factors)
+    pi = np.sqrt(np.trace(left) / len(left) / (np.trace(right) / len(right)))
+    if sibling == "tkfac":
+        left, right = (x / np.sqrt(np.trace(left)) for x in (left, right))
+        pi = 1.0
+    damped = np.kron(left + pi * root * np.eye(len(left)), right + root / pi * np.eye(len(right)))
+    g = np.asarray(oracles.matrix(grads[case.path]))
+    assert relative(update.ravel(), np.linalg.solve(damped, g.ravel())) <= 1e-10
+
+
+@pytest.mark.sampled
+@every_case
 @every_sibling
 def test_family_matches_its_definition(name, sibling):
     """Operators from the definitions: KFAC A⊗U, TKFAC δΦ⊗Ψ, and Θ in their eigenbases."""
