@@ -202,7 +202,7 @@ def _check_captures(stats: Statistics, layers: Layers) -> int:
     for path, spec in layers.items():
         for capture in stats.layers[path]:
             _check_capture(path, spec, capture)
-            sizes.add((path, capture.u.shape[len(spec.stack)]))
+            sizes |= {(path, x.shape[len(spec.stack)]) for x in (capture.a, capture.u)}
     if len({size for _, size in sizes}) != 1:
         raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
     return next(iter(sizes))[1]

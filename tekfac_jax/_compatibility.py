@@ -21,6 +21,14 @@ def is_known(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic | int) and not isinstance(x, Tracer)
 
 
+def largest(x: Any) -> Any:
+    """The largest number of an array that is known.
+
+    By NumPy: under a trace JAX would make an unknown one even of an array that has values.
+    """
+    return np.max(np.asarray(x))
+
+
 def is_integer(x: Any) -> bool:
     """Whether a number or an array, with or without values, is of integers or booleans."""
     return str(getattr(x, "dtype", type(x).__name__)).startswith(("int", "bool"))
@@ -28,7 +36,7 @@ def is_integer(x: Any) -> bool:
 
 def version_of(meaning: Meaning | None) -> int:
     """Version of a state's layout; states of version 0 did not say so."""
-    return 0 if meaning is None else int(np.max(meaning.version))
+    return 0 if meaning is None else int(largest(meaning.version))
 
 
 def check_state_fits(found: Any, expected: Any) -> None:
@@ -160,7 +168,7 @@ def _of_meaning(found: Meaning | None, expected: Meaning | None) -> str:
 
 def describe(meaning: Meaning) -> str:
     """The member of the family and the options that give the averages their meaning."""
-    plain, measured, location, running = (bool(np.max(x)) for x in meaning[1:])
+    plain, measured, location, running = (bool(largest(x)) for x in meaning[1:])
     name = {(True, False): "KFAC", (True, True): "EKFAC", (False, False): "TKFAC"}
     member = name.get((plain, measured), "TEKFAC")
     options = ['factors="location"'] * (location and not plain)

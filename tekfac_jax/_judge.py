@@ -193,6 +193,7 @@ def nothing_found(trace: Trace, findings: Findings) -> str:
         )
     lines = "\n  ".join(f"{path}: {why}" for path, why in sorted(findings.uncovered.items()))
     return (
-        "no layer can be captured: there is no nn.Dense, nn.DenseGeneral or nn.Conv among the "
-        f"parameters of argument 0 that is supported and not skipped:\n  {lines}"
+        "no layer can be captured: among the parameters of argument 0 there is no dense layer, "
+        'convolution or embedding (nor, with norm="unitwise", a normalisation) that is supported '
+        f"and not skipped:\n  {lines}"
     )

@@ -11,7 +11,7 @@ import optax
 from tekfac_jax._checks import check_number, check_transformation
 from tekfac_jax._damping import follows_trace, kl_factor
 from tekfac_jax._layers import Layers
-from tekfac_jax._options import also_arguments_of, same_arguments_as
+from tekfac_jax._options import also_arguments_of, check_names, same_arguments_as
 from tekfac_jax._pytrees import captured_mask, gather_matrices, layer_path
 from tekfac_jax._readers import search
 from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid
@@ -215,6 +215,7 @@ def _ready(
     damping_scale: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    check_names(options)
     if not callable(learning_rate):
         check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
     if momentum is not None:

@@ -1,9 +1,10 @@
 """Arguments of the transforms: what they may be, and one signature for the whole family."""
 
 import contextlib
+import difflib
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import jax
@@ -59,6 +60,15 @@ class Options(NamedTuple):
     mesh_axis: Any = None
     shard_state: bool = False
     factor_dtype: Any = None
+
+
+def check_names(options: Mapping[str, Any]) -> None:
+    """Raises a TypeError that names an option that does not exist, and the nearest that does."""
+    for name in options:
+        if name not in Options._fields:
+            near = difflib.get_close_matches(name, Options._fields, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f": choose from {Options._fields}"
+            raise TypeError(f"there is no argument {name!r}{hint}")
 
 
 def validate(layers: Any, options: Options, *, measured: bool) -> Options:

@@ -13,6 +13,7 @@ from tekfac_jax._compatibility import (
     differing_paths,
     dimensions,
     is_known,
+    largest,
     no_factors,
     not_a_state,
     of_version,
@@ -281,18 +282,23 @@ def _other_options(opt_state: Any, expected: Any) -> str:
 def _not_at_work(opt_state: Any) -> str:
     """Of a state of this version: the first layer that lacks factors, or has fallen back."""
     for path, layer in _layer_states(opt_state).items():
-        if is_known(layer.basis_valid) and np.any(layer.basis_valid & (layer.factor_weight == 0)):
+        if is_known(layer.basis_valid) and _lacks_factors(layer):
             return (
                 f"Layer {path!r} has an eigenbasis and no factors: they are built anew from the "
                 "next statistics, and the basis stays until its next refresh."
             )
-        if is_known(layer.fallen_back) and np.any(layer.fallen_back):
+        if is_known(layer.fallen_back) and largest(layer.fallen_back):
             return (
-                f"Layer {path!r} only scales its gradient: {np.max(layer.failed_in_a_row)} "
+                f"Layer {path!r} only scales its gradient: {largest(layer.failed_in_a_row)} "
                 "refreshes failed one after another, since statistics or a decomposition were not "
                 "finite. It goes on as before when one succeeds."
             )
     return ""
+
+
+def _lacks_factors(layer: LayerState) -> bool:
+    weight, valid = np.asarray(layer.factor_weight), np.asarray(layer.basis_valid)
+    return bool(np.any(valid & (weight == 0)))
 
 
 def _difference(opt_state: Any, layers: Layers) -> str:

@@ -12,6 +12,7 @@ from tekfac_jax._compatibility import (
     differing_paths,
     is_integer,
     is_known,
+    largest,
     not_a_state,
     too_new,
 )
@@ -170,7 +171,7 @@ def _brought_up(found: dict[Name, Any], fresh: Mapping[Name, Any], root: Name) -
         raise ValueError(
             f"saved= cannot be read: the version of its layout is {saved!r}, no number"
         )
-    version = int(np.max(saved))
+    version = int(largest(saved))
     if sentence := too_new(version):
         raise ValueError(f"saved= cannot be read: {sentence}")
 

@@ -28,6 +28,7 @@ from tekfac_jax._options import (
     Number,
     Options,
     Rescaling,
+    check_names,
     same_arguments_as,
     validate,
 )
@@ -289,7 +290,8 @@ def scale_by_tekfac(
 
     The whole family takes the same arguments, so that one can be swapped for another; what a
     sibling has no use for (`rescaling` and `rescaling_decay` in KFAC and TKFAC, `factors` in
-    KFAC and EKFAC) has no effect there.
+    KFAC and EKFAC) has no effect there. Only ``damping_form="factored"`` is an error where a Θ is
+    measured.
 
     Args:
         layers: from `find_layers`.
@@ -316,17 +318,18 @@ def scale_by_tekfac(
             (over each device's part of it), instead of all: cheaper refreshes from noisier
             statistics. Of a batch that was filled up (``examples=``) it
             takes the others for evenly spread, or to fill up the end. Not for reduced statistics.
-        basis_rank: how many eigenvectors are kept on each side, the top ones: a number, a share of
-            the side in (0, 1], or ``"auto"``: an eighth of the inputs and a quarter of the outputs,
-            and sides of up to 32 as a whole. The curvature outside of them is replaced by its mean
-            θ⊥, so that the trace stays; a step costs less, and the state is smaller. None: all.
+        basis_rank: how many eigenvectors are kept on each side, the top ones, at least two: a
+            number, a share of the side in (0, 1], or ``"auto"``: an eighth of the inputs and a
+            quarter of the outputs, and sides of up to 32 as a whole. The curvature outside of them
+            is replaced by its mean θ⊥, so that the trace stays; a step costs less, and the state
+            is smaller. None: all.
         max_dim: with `basis_rank` None, a side with more rows keeps ``"auto"`` of its eigenvectors
             instead of all; None: no limit. Its factor is kept whole.
         eigenbasis: ``"eigh"``: each eigendecomposition from scratch; ``"subspace"``: from the basis
             before, which is kept where it still diagonalises its factor (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖),
             else improved by one or two passes of subspace iteration, and found from scratch where
             these do not suffice; ``"auto"``: the latter where at most half of the eigenvectors of
-            a side of more than 128 are kept (of whole bases it gains nothing on CPU).
+            a side of more than 256 are kept (of whole bases it gains nothing on CPU).
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
@@ -375,14 +378,17 @@ def scale_by_tekfac(
         rescaling_examples, basis_rank, max_dim, eigenbasis, stagger, max_failures, axis_name,
         mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
-    return _member(layers, options, plain=False, measured=True)
+    return _algorithm(
+        layers, Member(plain=False, measured=True), validate(layers, options, measured=True)
+    )
 
 
-def _member(
-    layers: Layers, options: Options, *, plain: bool, measured: bool
+def _sibling(
+    layers: Layers, options: Mapping[str, Any], *, plain: bool, measured: bool
 ) -> optax.GradientTransformationExtraArgs:
-    options = validate(layers, options, measured=measured)
-    return _algorithm(layers, Member(plain, measured), options)
+    check_names(options)
+    valid = validate(layers, Options(**options), measured=measured)
+    return _algorithm(layers, Member(plain, measured), valid)
 
 
 @same_arguments_as(scale_by_tekfac)
@@ -393,7 +399,7 @@ def scale_by_tkfac(layers: Layers, **options: Any) -> optax.GradientTransformati
     with ``damping_form="factored"`` to each factor. Arguments, errors and use: see
     `scale_by_tekfac`.
     """
-    return _member(layers, Options(**options), plain=False, measured=False)
+    return _sibling(layers, options, plain=False, measured=False)
 
 
 @same_arguments_as(scale_by_tekfac)
@@ -403,7 +409,7 @@ def scale_by_ekfac(layers: Layers, **options: Any) -> optax.GradientTransformati
     George et al. 2018; Eq. 2.7 of arXiv:2011.13609. Arguments, errors and use: see
     `scale_by_tekfac`.
     """
-    return _member(layers, Options(**options), plain=True, measured=True)
+    return _sibling(layers, options, plain=True, measured=True)
 
 
 @same_arguments_as(scale_by_tekfac)
@@ -414,4 +420,4 @@ def scale_by_kfac(layers: Layers, **options: Any) -> optax.GradientTransformatio
     arXiv:2011.13609. By default λ is added to Θ, with ``damping_form="factored"`` to each factor,
     divided by π. Arguments, errors and use: see `scale_by_tekfac`.
     """
-    return _member(layers, Options(**options), plain=True, measured=False)
+    return _sibling(layers, options, plain=True, measured=False)

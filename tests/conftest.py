@@ -5,6 +5,7 @@ import collections
 import os
 import shutil
 import tempfile
+import zlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Most of the time goes into compiling programs that run once: LLVM need not optimise them.
@@ -31,6 +32,7 @@ jaxtyping.install_import_hook(
         "tekfac_jax._embedding",
         "tekfac_jax._norms",
         "tekfac_jax._eigenbasis",
+        "tekfac_jax._decomposition",
     ],
     "beartype.beartype",
 )
@@ -41,14 +43,19 @@ EVERY = 12  # of the cases of a test marked `sampled` so many make one in the de
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
-    """The first of every few cases of a `sampled` test stays; the others are `slow`."""
-    cases = collections.Counter()
+    """One of every few cases of a `sampled` test stays; the others are `slow`.
+
+    Which one the test's name decides, so that tests over the same cases look at different ones.
+    """
+    tests = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
-            test = item.nodeid.split("[")[0]
-            if cases[test] % EVERY:
+            tests[item.nodeid.split("[")[0]].append(item)
+    for test, cases in tests.items():
+        kept = zlib.crc32(test.encode()) % min(EVERY, len(cases))
+        for number, item in enumerate(cases):
+            if number % EVERY != kept:
                 item.add_marker(pytest.mark.slow)
-            cases[test] += 1
 
 
 @pytest.fixture

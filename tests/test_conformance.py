@@ -291,6 +291,21 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
     assert len(done) == factors * (micro_steps or 1)
 
 
+@pytest.mark.parametrize("name", ["scale_by_tekfac", "kfac"])
+def test_a_state_that_a_trace_closes_over(name):
+    """It has values there, and what is made of them has none: `apply_if_finite`, eager, does so."""
+    tx, params, (grads, stats) = make(name), case().params, first_batches(1)[0]
+    (expected,), state = runner(name).run(first_batches(1))
+    start = tx.init(params)
+    closed = jax.jit(lambda grads, stats: tx.update(grads, start, params, stats=stats))
+    assert_close(closed(grads, stats)[0], expected)
+    wrapped = optax.apply_if_finite(tx, 2)
+    updates, _ = wrapped.update(grads, wrapped.init(params), params, stats=stats)
+    assert_close(updates, expected)
+    with_message = jax.jit(lambda x: (x, len(tekfac.check_state(state, case().layers))))
+    assert with_message(1.0)[1] == 0
+
+
 def test_apply_if_finite_rejects_a_step():
     tx = Runner(optax.apply_if_finite(make("scale_by_tekfac"), max_consecutive_errors=2))
     grads, stats = case().batches[0]

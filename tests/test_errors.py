@@ -344,10 +344,19 @@ def _without_rate(options):
     return {name: value for name, value in options.items() if name != "learning_rate"}
 
 
-@pytest.mark.parametrize("option", ["learning_rate", "layer", "damp"])
+@pytest.mark.parametrize("option", ["momentun", "layer", "damp"])
 def test_unknown_options(option):
-    with pytest.raises(TypeError, match=option):
-        tekfac.scale_by_tekfac(simple_case()[-1], **{option: 1})
+    layers = simple_case()[-1]
+    for name, scale_by in SCALE_BY.items():
+        with pytest.raises(TypeError, match=f"'{option}'"):
+            scale_by(layers, **{option: 1})
+        with pytest.raises(TypeError, match=f"no argument '{option}'"):
+            getattr(tekfac, name)(0.1, layers, **{option: 1})
+
+
+def test_an_option_that_is_nearly_one():
+    with pytest.raises(TypeError, match=r"no argument 'dampign', did you mean 'damping'"):
+        tekfac.kfac(0.1, simple_case()[-1], dampign=1)
 
 
 def test_scalar_arrays_within_range_are_options():

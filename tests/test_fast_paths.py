@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
 from tekfac_jax import _chunks, _contract, _refresh, _sources, _statistics
+from tekfac_jax._layers import Capture, LayerSpec
 from tekfac_jax._orders import FactorOrder, RescalingOrder, factor_order, rescaling_order
 from tests.capturing import Net, losses_of, random_params, relative_error, x64
 from tests.oracles import make_case, per_example_matrices, relative
@@ -85,6 +86,26 @@ def test_squared_gradients_in_every_way(way, lead, n, t, i, o, seed):
     assert float(found.min()) >= 0
 
 
+@x64
+@settings(deadline=None, max_examples=25)
+@given(lead=LEADS, n=SIZES, t=SIZES, i=SIZES, o=SIZES, r=SIZES, p=SIZES, seed=st.integers(0, 99))
+def test_from_gradients_formed_once(lead, n, t, i, o, r, p, seed):
+    """Factors and Θ from G_n are those from a and u."""
+    a, u = random_captures(lead, n, t, i, o, seed)
+    rng = np.random.default_rng(seed + 1)
+    q_phi, q_psi = (jnp.asarray(rng.normal(size=(*lead, d, k))) for d, k in ((i, r), (o, p)))
+    factors, theta = jax.jit(
+        lambda g, *q: (
+            _statistics.factors_of_gradients(g),
+            _statistics.rescaling_of_gradients(g, *q),
+        )
+    )(_statistics.gradients(a, u), q_phi, q_psi)
+    _, phi, psi = by_einsum(a, u)
+    assert relative(factors.phi, phi) <= EXACT
+    assert relative(factors.psi, psi) <= EXACT
+    assert relative(theta, _statistics.rescaling(a, u, q_phi, q_psi)) <= EXACT
+
+
 @settings(max_examples=200)
 @given(t=st.integers(2, 2000), i=DIMS, o=DIMS, r=DIMS, p=DIMS)
 def test_no_order_is_cheaper_than_the_one_that_is_taken(t, i, o, r, p):
@@ -130,6 +151,23 @@ def test_late_layers_never_form_the_gradient():
 
 
 # --- chunks ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(n=st.integers(1, 4096), t=st.integers(1, 4096), i=DIMS, o=DIMS)
+def test_a_chunk_stays_within_its_budget(n, t, i, o):
+    """Of numbers in a, u and G_n of its examples, unless one example alone takes more."""
+    spec = LayerSpec(
+        path="layer", kind="dense", kernel_shape=(i, o), contracted=1, use_bias=False,
+        dtype="float32", axes=(-1,),
+    )  # fmt: skip
+    shapes = [jax.ShapeDtypeStruct((n, t, d), jnp.float32) for d in (i, o)]
+    size = _chunks.chunk_size(spec, (Capture(*shapes),))
+    assert 1 <= size <= n
+    if t > 1 and size > 1:
+        assert size * (t * (i + o) + i * o) <= _chunks._NUMBERS
+    if t > 1 and n * (t * (i + o) + i * o) <= _chunks._NO_LOOP:
+        assert size == n
 
 
 @x64

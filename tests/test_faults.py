@@ -146,16 +146,21 @@ def test_a_loss_that_is_no_number_for_some_steps():
     assert problem.loss(params, problem.x) < problem.loss(before[0], problem.x)
 
 
-def test_a_gradient_that_is_no_number_is_not_hidden():
-    problem = Problem()
+@pytest.mark.parametrize("rescaling", ["exact", "running"])
+def test_a_gradient_that_is_no_number_is_not_hidden(rescaling):
+    """With statistics due: those of the layer it is in are held, the others go on."""
+    problem = Problem(rescaling=rescaling)
     state = problem.good_state()
     grads, _, _ = problem.step(state)
     grads["head"]["kernel"] = grads["head"]["kernel"].at[0, 0].set(jnp.nan)
-    updates, after = problem.update(grads, state)
+    stats = spoil_layer("head", "u", jnp.nan)(problem.statistics(problem.params, problem.x)[2])
+    updates, after = problem.update(grads, state, stats=stats)
     assert not jnp.isfinite(updates["head"]["kernel"]).all()
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates["conv"]))
-    for path in problem.layers:
-        assert_curvature_is(after, state, path)
+    assert_curvature_is(after, state, "head")
+    assert int(after.layers["head"].failures) > 0
+    assert int(after.layers["conv"].failures) == 0
+    assert np.any(np.asarray(after.layers["conv"].phi) != np.asarray(state.layers["conv"].phi))
 
 
 @pytest.mark.slow

@@ -150,6 +150,46 @@ def test_the_mean_is_the_best_scalar(name):
 @pytest.mark.sampled
 @x64
 @every_case
+@pytest.mark.parametrize("pair", [("tekfac", "tkfac"), ("ekfac", "kfac")])
+def test_what_stays_of_the_theorem(name, pair):
+    """‖F−F̂‖² = ‖F‖² − ‖Θr‖² − (IO−rp)θ⊥², and so no other diagonal, nor a product, is nearer."""
+    measured, product = (truncated(name, sibling)[2] for sibling in pair)
+    f = oracles.fisher(per_example_matrices(name))
+
+    def error(found, theta):
+        return np.linalg.norm(f - dense(found.q_phi, found.q_psi, theta, found.theta_rest))
+
+    theta, perp = np.asarray(measured.theta), float(measured.theta_rest)
+    best, outside = error(measured, theta), len(f) - theta.size
+    expected = np.linalg.norm(f) ** 2 - (theta**2).sum() - outside * perp**2
+    assert best**2 == pytest.approx(expected, rel=1e-10)
+    other = theta * np.random.default_rng(0).uniform(0.8, 1.2, size=theta.shape)
+    assert error(measured, other) > best
+    assert error(product, product.theta) >= best - EXACT
+
+
+@pytest.mark.sampled
+@x64
+@every_case
+def test_bounds_of_an_update(name):
+    """‖ΔW‖ ≤ ‖G‖/λ and ⟨G, ΔW⟩ > 0; with trace damping a loss × c divides the update by c."""
+    case = make_case(name)
+    grads, stats = case.grads_and_stats()
+    g = np.asarray(oracles.matrix(grads[case.path]))
+    update, state, _ = truncated(name, damping="trace", trace_floor=0.0, fc_damping="own")
+    damping = float(tekfac.diagnostics(state)[f"{case.path}/damping"])
+    assert np.linalg.norm(update) <= np.linalg.norm(g) / damping
+    assert (update * g).sum() > 0
+    scaled = stats._replace(scale=stats.scale * 3)
+    larger = jax.tree.map(lambda x: 3 * x, grads)
+    options = {"basis_rank": 2, "damping": "trace", "trace_floor": 0.0, "fc_damping": "own"}
+    other, _ = oracles.one_update(case, "tekfac", larger, scaled, **options)
+    assert relative(3 * other, update) <= 1e-9
+
+
+@pytest.mark.sampled
+@x64
+@every_case
 @pytest.mark.parametrize("damping", ["trace", 0.02])
 def test_update_of_a_network_is_the_dense_solve(name, damping):
     options = {"damping": damping, "fc_damping": "own", "damping_scale": 0.5}
