@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.errors import UsageError
+from benchmarks.errors import UsageError, check_choice
 from benchmarks.kfac_jax_trainer import KfacJaxTrainer, is_installed
 from benchmarks.loop import Task, Trainer
 from benchmarks.optimizers import RECIPES
@@ -68,12 +68,19 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
-    installed = peers()
-    if not installed:
-        exit_with(UsageError(_NOT_INSTALLED), "peers")
+    installed, models = peers(), options.models.split(",")
+    try:
+        if not installed:
+            raise UsageError(_NOT_INSTALLED)
+        for name in models:
+            check_choice("model", name, tuple(MODELS))
+        if options.rounds < 1 or options.warm_ups < 0:
+            raise UsageError("--rounds must be 1 or more, --warm-ups 0 or more")
+    except UsageError as error:
+        exit_with(error, "peers")
     results = {
         name: measure(make_task(name, _BATCH), installed, options.rounds, options.warm_ups)
-        for name in options.models.split(",")
+        for name in models
     }
     table = Table("ratio to a step of SGD with momentum", *results)
     for peer in installed:

@@ -78,13 +78,18 @@ def main(argv: list[str] | None = None) -> None:
         names = options.models.split(",")
         for name in names:
             check_choice("model", name, tuple(MODELS))
-        if options.batch_size < 1 or options.rounds < 1:
-            raise UsageError("--batch-size and --rounds must be 1 or more")
+        examples = 1 if options.rescaling_examples is None else options.rescaling_examples
+        if min(options.batch_size, options.rounds, examples) < 1:
+            raise UsageError("--batch-size, --rounds and --rescaling-examples must be 1 or more")
+        if options.spikes < 0:
+            raise UsageError(f"--spikes must be 0 or more, got {options.spikes}")
         if options.peak_tflops is not None and not options.peak_tflops > 0:
             raise UsageError(f"--peak-tflops must be positive, got {options.peak_tflops}")
         ranks = {text: None if text == "all" else basis_rank(text)
                  for text in options.basis_ranks.split(",")}  # fmt: skip
-    except (UsageError, argparse.ArgumentTypeError) as error:
+        others = _read_peers(options.peers)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (UsageError, argparse.ArgumentTypeError, OSError) as error:
         exit_with(UsageError(str(error)), "speed")
     curvatures = {
         text: INTERVALS._replace(basis_rank=rank, rescaling_examples=options.rescaling_examples)
@@ -97,12 +102,10 @@ def main(argv: list[str] | None = None) -> None:
         for text, rank in ranks.items() if options.spikes else ():
             found = measure_spikes(name, options.batch_size, rank, rounds=options.spikes)
             results[name]["tekfac"][text]["spikes"] = found
-    others = json.loads(options.peers.read_text())["results"] if options.peers else {}
     peak = options.peak_tflops or peak_teraflops(jax.devices()[0].device_kind)
     _show(results)
     if peak is not None:
         _show_shares(results, peak)
-    options.out.mkdir(parents=True, exist_ok=True)
     record = {
         "settings": {
             "batch_size": options.batch_size,
@@ -119,6 +122,18 @@ def main(argv: list[str] | None = None) -> None:
     draw({name: _bars(found, others.get(name, {})) for name, found in results.items()},
          options.out / "speed.png")  # fmt: skip
     print(f"\nwritten: {path}, {options.out / 'speed.png'}")
+
+
+def _read_peers(path: Path | None) -> dict[str, Any]:
+    """What `benchmarks.peers` found, by model; before anything is timed for hours."""
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_text())["results"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"--peers must be a file that benchmarks.peers wrote, got {path}: {error}"
+        ) from error
 
 
 def measure(
@@ -269,14 +284,14 @@ def _bars(found: dict[str, Any], others: dict[str, Any]) -> dict[str, float]:
 
 def _show(results: dict[str, dict[str, Any]]) -> None:
     """Prints a column for each model."""
-    table = Table("ratio to a step of SGD with momentum", *results)
+    table = Table("ratio to a step of SGD with momentum (quartiles)", *results)
     first = next(iter(results.values()))
 
     def row(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
         table.add_row(label, *(cell(found) for found in results.values()))
 
     for peer in _PEERS[1:]:
-        row(peer, lambda found, peer=peer: f"{found['peers'][peer]['ratio']:.2f}")
+        row(peer, lambda found, peer=peer: _with_quartiles(found["peers"][peer]))
     row("SGD, ms a step", lambda found: f"{found['sgd_ms']:.1f}")
     for text, program in first["tekfac"].items():
         table.add_section()
@@ -293,7 +308,7 @@ def _show(results: dict[str, dict[str, Any]]) -> None:
         for kind in program.get("spikes", ()):
             spike = functools.partial(_spike, own, kind)
             row(f"tekfac, {text}: worst step over median, {kind}", spike)
-    Console(width=100).print(table)
+    Console(width=60 + 22 * len(results)).print(table)
 
 
 def _show_shares(results: dict[str, dict[str, Any]], peak: float) -> None:
@@ -320,7 +335,13 @@ def _show_shares(results: dict[str, dict[str, Any]], peak: float) -> None:
 
 
 def _ratio(own: Callable[..., dict[str, Any]], kind: str, found: dict[str, Any]) -> str:
-    return f"{own(found)['kinds'][kind]['ratio']:.2f}"
+    return _with_quartiles(own(found)["kinds"][kind])
+
+
+def _with_quartiles(found: dict[str, Any]) -> str:
+    """The median, and the quartiles where it was timed and not computed from others."""
+    spread = found.get("quartiles", ())
+    return f"{found['ratio']:.2f}" + (" ({:.2f}-{:.2f})".format(*spread) if spread else "")
 
 
 def _against_sgd(own: Callable[..., dict[str, Any]], what: str, found: dict[str, Any]) -> str:

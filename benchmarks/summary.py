@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -108,14 +109,16 @@ def mean_and_spread(values: Sequence[float], form: str, *, spread: bool = True) 
 
 def save_curves(path: Path, results: Sequence[Result], title: str) -> None:
     """Draws loss and accuracy against epochs and seconds: mean of the seeds, and their range."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    colors = matplotlib.colormaps["tab10" if len(results) <= 10 else "tab20"]
     quantities: list[tuple[str, Callable[[Any], float]]] = [
         ("training loss", lambda epoch: epoch.train_loss),
         ("test accuracy in %", lambda epoch: 100 * epoch.test_accuracy),
     ]
     for row, (label, quantity) in zip(axes, quantities, strict=True):
         for axis, abscissa in zip(row, ("epoch", "seconds"), strict=True):
+            axis.set_prop_cycle(color=[colors(k) for k in range(colors.N)])
             for result in results:
                 _draw(axis, result, abscissa, quantity)
             axis.grid(alpha=0.3)
@@ -124,7 +127,7 @@ def save_curves(path: Path, results: Sequence[Result], title: str) -> None:
     axes[1, 0].set_xlabel("epoch")
     axes[1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[1, 1].set_xlabel("seconds of training, compilation excluded")
-    axes[1, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 

@@ -754,6 +754,17 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
                   ["--peak-tflops", "0"]):  # fmt: skip
         with pytest.raises(SystemExit):
             speed.main(wrong)
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text("{")
+    for wrong, says in (
+        (["--peers", str(damaged)], "--peers must be a file that benchmarks.peers wrote"),
+        (["--spikes", "-1"], "--spikes must be 0 or more"),
+        (["--rescaling-examples", "0"], "1 or more"),
+        (["--out", str(damaged)], "exists"),
+    ):
+        with pytest.raises(SystemExit):  # before anything is timed
+            speed.main(wrong)
+        assert says in capsys.readouterr().err
 
 
 def test_peaks_by_the_name_of_a_gpu():
@@ -795,6 +806,10 @@ def test_peers_that_are_not_installed(tmp_path, monkeypatch, capsys):
         return Trainer(task, "sgd", {"learning_rate": 0.0})
 
     monkeypatch.setattr(peers, "is_installed", lambda: True)
+    for wrong, says in ((["--models", "nosuch"], "nosuch"), (["--rounds", "0"], "1 or more")):
+        with pytest.raises(SystemExit):
+            peers.main([*arguments, *wrong])
+        assert says in capsys.readouterr().err
     monkeypatch.setattr(peers, "KfacJaxTrainer", stand_in)
     monkeypatch.setitem(peers.RECIPES, "kron", RECIPES["sgd"])
     peers.main(arguments)
