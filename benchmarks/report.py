@@ -244,7 +244,7 @@ def _number(value: Any) -> str:
 
 def _final(outcome: Outcome) -> list[str]:
     return [
-        _mean(outcome.train_losses, "{:.3f}", spread=False),
+        _mean(outcome.train_losses, "{:.3f}"),
         _mean(outcome.accuracies, "{:.2f}"),
     ]
 

@@ -29,7 +29,16 @@ def train(params: Any, x: jax.Array) -> None:
     scalars: dict[str, jax.Array] = tekfac.diagnostics(bare.init(params))
     worst: float = max(tekfac.check_capture(loss_fn, layers, params, x).values())
     balance: float = tekfac.device_plan(layers, 8).balance
+    clipped = tekfac.clip_by_kl(bare, 0.1, 1e-3)
+    small = tekfac.without_factors(tx.init(params))
+    restored = tekfac.restore_state(small, tx.init(params), factors=False)
+    sentence: str = tekfac.check_state(restored, layers, tx.init(params))
+    step: dict[str, jax.Array] = tekfac.step_diagnostics(layers, params, params, params)
+    number: int = sum(sum(kinds.values()) for kinds in tekfac.memory_usage(stepped).values())
+    slots = tekfac.make_slots(loss_fn, layers, params, x)
+    tapped = tekfac.tap(loss_fn, layers)
     print(theta, scalars, worst, balance, tekfac.stats_due(stepped), layers["a"].in_dim)
+    print(clipped, sentence, step, number, slots, tapped)
 """
 MISTAKES = """
 tekfac.scale_by_tekfac(layers, factors="Exact")
