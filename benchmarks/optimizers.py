@@ -38,7 +38,9 @@ def _sgd(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformatio
 def _kron(learning_rate: Any, update_probability: float = 0.03) -> optax.GradientTransformation:
     """PSGD Kron; by default it updates its factors as often as its own schedule does in the end."""
     kron = importlib.import_module("psgd_jax.kron").kron
-    return kron(learning_rate, preconditioner_update_probability=update_probability)
+    tx = kron(learning_rate, preconditioner_update_probability=update_probability)
+    # It says that it takes further arguments, and does not.
+    return optax.GradientTransformation(tx.init, lambda g, state, p=None: tx.update(g, state, p))
 
 
 def tekfac_momentum_first(

@@ -13,7 +13,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         help="time every step of an interval so many times, staggered and not (default: 0)",
     )  # fmt: skip
     parser.add_argument(
-        "--peers", type=Path, metavar="JSON", help="what benchmarks.peers wrote, for the chart"
+        "--peers",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="JSON",
+        help="what benchmarks.peers wrote, for the chart",
     )
     parser.add_argument(
         "--peak-tflops", type=float, metavar="TFLOPS",
@@ -124,16 +129,18 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nwritten: {path}, {options.out / 'speed.png'}")
 
 
-def _read_peers(path: Path | None) -> dict[str, Any]:
+def _read_peers(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """What `benchmarks.peers` found, by model; before anything is timed for hours."""
-    if path is None:
-        return {}
-    try:
-        return json.loads(path.read_text())["results"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"--peers must be a file that benchmarks.peers wrote, got {path}: {error}"
-        ) from error
+    found: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            for model, peers in json.loads(path.read_text())["results"].items():
+                found.setdefault(model, {}).update(peers)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(
+                f"--peers must be files that benchmarks.peers wrote, got {path}: {error}"
+            ) from error
+    return found
 
 
 def measure(

@@ -757,7 +757,7 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{")
     for wrong, says in (
-        (["--peers", str(damaged)], "--peers must be a file that benchmarks.peers wrote"),
+        (["--peers", str(damaged)], "--peers must be files that benchmarks.peers wrote"),
         (["--spikes", "-1"], "--spikes must be 0 or more"),
         (["--rescaling-examples", "0"], "1 or more"),
         (["--out", str(damaged)], "exists"),
