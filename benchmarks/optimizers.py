@@ -39,8 +39,11 @@ def _kron(learning_rate: Any, update_probability: float = 0.03) -> optax.Gradien
     """PSGD Kron; by default it updates its factors as often as its own schedule does in the end."""
     kron = importlib.import_module("psgd_jax.kron").kron
     tx = kron(learning_rate, preconditioner_update_probability=update_probability)
-    # It says that it takes further arguments, and does not.
-    return optax.GradientTransformation(tx.init, lambda g, state, p=None: tx.update(g, state, p))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return tx.update(updates, state, params)  # it says that it takes more, and does not
+
+    return optax.GradientTransformation(tx.init, update)
 
 
 def tekfac_momentum_first(

@@ -46,6 +46,7 @@ def paper_entries() -> tuple[Entry, ...]:
         Entry("AdamW", "adamw", rate, {"weight_decay": 0.01}),
         Entry("Muon", "muon", rate),
         Entry("SOAP", "soap", rate),
+        Entry("kfac-jax", "kfac-jax", by_damping[0], dict.fromkeys(_PERIODS, 50)),
     )
 
 

@@ -1,6 +1,7 @@
 """Whether what helps a ResNet8 helps another network: damping and intervals on digits.
 
-A CNN without BatchNorm. ``python -m benchmarks.paper defaults_digits``
+A CNN without BatchNorm; a minute or two on two CPU cores.
+``python -m benchmarks.paper defaults_digits``
 """
 
 from benchmarks.experiment import Experiment, TaskSpec

@@ -3,8 +3,8 @@
 100 epochs at batch 128, random crops and flips, learning rate × 0.1 every 40 epochs, three seeds.
 64, 128 and 256 channels, as in the code that the paper refers to (it does not state the
 width). The paper's figures: TEKFAC 94.56, TKFAC 94.38, EKFAC 92.66, Adam 93.22, SGDM 92.79 %.
-Made for a GPU: a run is 100 × 390 steps, and there are 27 of them after a search of 28 epochs
-for each of nine optimizers.
+Made for a GPU: a run is 100 × 390 steps, and there are 30 of them after a search of 28 epochs
+for each of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_cifar10_resnet20 --data DIR``
 """
 
