@@ -260,14 +260,16 @@ def test_inject_hyperparams(name):
     assert injected.traces == 1
 
 
-def test_multi_steps_accumulates():
+@pytest.mark.sampled
+@every_transform
+def test_multi_steps_accumulates(name):
     """Statistics of the step that updates are used; between them nothing moves."""
-    tx = optax.MultiSteps(make("scale_by_tekfac"), every_k_schedule=2)
+    tx = optax.MultiSteps(make(name), every_k_schedule=2)
     updates, state = Runner(tx).run(first_batches(4))
     assert all(not u.any() for u in jax.tree.leaves([updates[0], updates[2]]))
     (g0, _), (g1, stats) = case().batches[:2]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, g0, g1)
-    expected, _ = runner("scale_by_tekfac").run([(mean, stats)])
+    expected, _ = runner(name).run([(mean, stats)])
     assert_close(updates[1], expected[0])
     assert our_state(state).count == 2
 
@@ -306,8 +308,10 @@ def test_a_state_that_a_trace_closes_over(name):
     assert with_message(1.0)[1] == 0
 
 
-def test_apply_if_finite_rejects_a_step():
-    tx = Runner(optax.apply_if_finite(make("scale_by_tekfac"), max_consecutive_errors=2))
+@pytest.mark.sampled
+@every_transform
+def test_apply_if_finite_rejects_a_step(name):
+    tx = Runner(optax.apply_if_finite(make(name), max_consecutive_errors=2))
     grads, stats = case().batches[0]
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
     updates, state = tx.run([(grads, stats), (bad, stats), (grads, stats)])
@@ -420,6 +424,9 @@ def test_donation(name):
         lambda state, g, p, stats: tx.update(g, state, p, stats=stats), donate_argnums=0
     )
     old = tx.init(params)
+    memory = update.lower(old, grads, params, stats).compile().memory_analysis()
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(old))
+    assert memory.alias_size_in_bytes >= kept - 64  # in place; a scalar or two may be copied
     updates, state = update(old, grads, params, stats)
     for layer in our_state(old).layers.values():
         assert all(getattr(layer, field).is_deleted() for field in (*FACTORS, "theta"))
