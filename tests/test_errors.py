@@ -91,7 +91,7 @@ def test_no_supported_layer():
         return losses_of(model.apply({"params": params}, x)).mean()
 
     with pytest.raises(
-        ValueError, match=r"nn.Dense.*\n.*LayerNorm_0/bias: LayerNorm, for the fallback"
+        ValueError, match=r"no dense layer.*\n.*LayerNorm_0/bias: LayerNorm, for the fallback"
     ):
         tekfac.find_layers(loss, params, x)
     loss, params, x, _ = simple_case()
