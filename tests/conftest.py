@@ -43,16 +43,18 @@ EVERY = 12  # of the cases of a test marked `sampled` so many make one in the de
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
-    """One of every few cases of a `sampled` test stays; the others are `slow`.
+    """The first of every few cases of a `sampled` test stays; the others are `slow`.
 
-    Which one the test's name decides, so that tests over the same cases look at different ones.
+    With ``spread=True`` the test's name decides which one, so that tests over the same cases look
+    at different ones.
     """
     tests = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
             tests[item.nodeid.split("[")[0]].append(item)
     for test, cases in tests.items():
-        kept = zlib.crc32(test.encode()) % min(EVERY, len(cases))
+        spread = cases[0].get_closest_marker("sampled").kwargs.get("spread")
+        kept = zlib.crc32(test.encode()) % min(EVERY, len(cases)) if spread else 0
         for number, item in enumerate(cases):
             if number % EVERY != kept:
                 item.add_marker(pytest.mark.slow)

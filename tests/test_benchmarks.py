@@ -608,6 +608,7 @@ def test_transformers_learn(model, data, rate, accuracy):
     assert run.epochs_to(accuracy) is not None
 
 
+@pytest.mark.slow
 def test_evaluation_is_a_mean_over_characters():
     alice = load_dataset("alice", subset=40)
     task = Task(alice, Transformer(alice.num_classes, width=8, depth=1), batch_size=40)
@@ -699,6 +700,7 @@ def test_whole_comparison(tmp_path, capsys):
             assert run["median_step_ms"] > 0
 
 
+@pytest.mark.slow
 def test_memory_benchmark(tmp_path, capsys):
     sizes = "--depth 4 --width 8 --positions 3 --batch-size 5".split()
     memory.main([*sizes, "--out", str(tmp_path)])

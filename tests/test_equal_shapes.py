@@ -111,6 +111,7 @@ def test_equal_factors_are_one_call(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @x64_standard
 @pytest.mark.usefixtures("stacked")
 def test_staggered_layers_are_refreshed_one_by_one(monkeypatch):

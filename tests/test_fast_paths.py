@@ -181,6 +181,7 @@ def test_a_sum_in_chunks(n, size, axis):
     assert relative(found, np.sum(np.asarray(x) ** 2, axis=axis)) <= EXACT
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 13])
 def test_gradients_in_chunks_are_in_order(size, monkeypatch):

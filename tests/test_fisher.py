@@ -75,6 +75,7 @@ def test_sampled_labels(name):
     assert stats.examples == 5
 
 
+@pytest.mark.slow
 @x64
 def test_reduced_statistics_of_sampled_labels():
     """The same labels, contracted in the backward pass: the sums of the raw statistics."""
@@ -121,6 +122,7 @@ def output_fisher(likelihood, outputs):
     return jax.hessian(at)(outputs).reshape(outputs.size, outputs.size)
 
 
+@pytest.mark.sampled
 @x64
 @pytest.mark.parametrize("name", _LIKELIHOODS)
 def test_exact_fisher_is_the_gauss_newton_block(name):

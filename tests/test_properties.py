@@ -45,7 +45,7 @@ def contract(case, contraction):
 # Row 1 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_captures_are_per_example_gradients(name):
     case = make_case(name)
@@ -60,7 +60,7 @@ def test_captures_are_per_example_gradients(name):
 # Rows 2, 3 ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("factors", [exact_factors, location_factors])
 def test_traces_of_both_factors_are_equal(name, factors):
@@ -68,7 +68,7 @@ def test_traces_of_both_factors_are_equal(name, factors):
     assert np.trace(phi) == pytest.approx(np.trace(psi), rel=EXACT)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_exact_factors_are_partial_traces_of_the_fisher(name):
     case = make_case(name)
@@ -86,7 +86,7 @@ def test_exact_factors_are_partial_traces_of_the_fisher(name):
     assert relative(curvature.psi, psi / np.trace(psi)) <= EXACT
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_location_and_plain_factors_follow_their_formulas(name):
     case = make_case(name)
@@ -118,7 +118,7 @@ def test_wide_layers_are_contracted_in_blocks(inputs):
 # Row 4 -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_rescaling_is_the_diagonal_of_the_rotated_fisher(name):
     case = make_case(name)
@@ -131,7 +131,7 @@ def test_rescaling_is_the_diagonal_of_the_rotated_fisher(name):
     assert theta.sum() == pytest.approx(np.trace(f), rel=EXACT)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @pytest.mark.parametrize(("t", "i", "o"), [(1, 5, 4), (3, 7, 5), (6, 9, 4), (6, 4, 9), (12, 5, 3)])
 def test_every_contraction_order_gives_the_same_rescaling(t, i, o):
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def test_chunks_of_examples_add_up(n):
 # Rows 5, 6, 7 ------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("sibling", ["tekfac", "ekfac"])
 def test_error_of_the_measured_diagonal(name, sibling):
@@ -175,7 +175,7 @@ def test_error_of_the_measured_diagonal(name, sibling):
         assert np.linalg.norm(f - oracles.operator(other)) ** 2 > error
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("factors", ["exact", "location"])
 @pytest.mark.parametrize(("better", "worse"), [("tekfac", "tkfac"), ("ekfac", "kfac")])
@@ -274,7 +274,7 @@ def test_deep_linear_network_makes_tkfac_exact():
 # Row 10 ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @every_sibling
 def test_scaling_the_loss(name, sibling):
@@ -292,7 +292,7 @@ def test_scaling_the_loss(name, sibling):
     assert relative(scaled_update, update / c) <= 1e-10
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("reduction", ["mean", "sum", 5.0])
 def test_reduction_undoes_what_the_loss_was_divided_by(name, reduction):
@@ -343,7 +343,7 @@ def test_orthogonal_change_of_variables_is_followed(sibling):
 # Row 12 ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_signs_and_order_of_eigenvectors_do_not_matter(name):
     c = oracles.curvature_of(name)
@@ -361,6 +361,7 @@ def test_signs_and_order_of_eigenvectors_do_not_matter(name):
     assert relative(precondition(g, *new, theta, rest, damping), expected) <= EXACT
 
 
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(name):
     c = oracles.curvature_of(name)
@@ -374,7 +375,7 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(name):
     assert float(theta.sum()) == pytest.approx(c.theta.sum(), rel=EXACT)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("sibling", ["tekfac", "ekfac"])
 def test_theta_follows_the_basis_when_it_is_refreshed(name, sibling):
@@ -399,7 +400,7 @@ def test_theta_follows_the_basis_when_it_is_refreshed(name, sibling):
 # Row 13 ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @every_sibling
 @pytest.mark.parametrize("damping", ["trace", 0.02])
@@ -417,7 +418,7 @@ def test_update_is_the_dense_solve(name, sibling, damping):
     assert (update * g).sum() > 0
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @pytest.mark.parametrize("sibling", ["kfac", "tkfac"])
 @pytest.mark.parametrize("damping", ["trace", 0.02])
@@ -438,7 +439,7 @@ def test_factored_damping_is_added_to_the_factors(name, sibling, damping):
     assert relative(update.ravel(), np.linalg.solve(damped, g.ravel())) <= 1e-10
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 @every_sibling
 def test_family_matches_its_definition(name, sibling):
@@ -461,7 +462,7 @@ def test_family_matches_its_definition(name, sibling):
     assert relative(curvature.theta.ravel(), np.diag(q.T @ f @ q)) <= 1e-10
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_large_damping_is_the_scaled_gradient(name):
     case = make_case(name)
@@ -486,7 +487,7 @@ def test_running_rescaling_has_the_bias_that_is_stated():
     assert np.all(error <= MONTE_CARLO_SIGMAS * samples.std(axis=0) / np.sqrt(draws) + 1e-15)
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(spread=True)
 @every_case
 def test_running_rescaling_is_the_squared_mean_gradient(name):
     case = make_case(name)

@@ -50,6 +50,7 @@ def test_a_part_of_the_mean_eigenvalue(make, options, scale):
         np.testing.assert_allclose(damping, scale * mean, rtol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("build", "options", "expected"),
     [

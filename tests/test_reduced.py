@@ -174,6 +174,7 @@ def test_running_rescaling_with_reduced_statistics():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("examples", [None, 2])
 def test_raw_statistics_that_were_added_up_are_refused(examples):
     """Their sum means nothing, also where few examples count; the state says so."""

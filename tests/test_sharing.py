@@ -109,6 +109,7 @@ def test_a_triangle_is_the_whole_matrix(dim, lead):
     assert numbers <= dim * (dim + 1) // 2 + k
 
 
+@pytest.mark.slow
 @needs_devices
 @limited
 def test_a_vector_is_no_triangle():
