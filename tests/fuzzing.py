@@ -36,13 +36,14 @@ STEPS = 3
 class Block(NamedTuple):
     """One layer and what follows it."""
 
-    kind: str  # dense, general, conv, embed, flatten
+    kind: str  # dense, general, conv, transpose, embed, flatten
     features: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
     param_dtype: str
     dtype: str | None  # of the arithmetic
     norm: str | None
     activation: str
+    lift: str | None = None  # how Flax repeats or wraps it: remat, vmap, scan, twice
 
 
 class Network(NamedTuple):
@@ -64,24 +65,49 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
         for number, block in enumerate(self.blocks):
-            x = _layer(block, f"layer_{number}")(x)
+            x = _lifted(block, f"layer_{number}")(x)
             x = _normalised(block, f"norm_{number}", x)
             x = {"tanh": jnp.tanh, "relu": nn.relu, "none": lambda x: x}[block.activation](x)
         return x
 
 
-def _layer(block: Block, name: str) -> Any:
+class Cell(nn.Module):
+    """A layer whose output has the shape of its input, as one iteration of a scan."""
+
+    block: Block
+
+    @nn.compact
+    def __call__(self, carry, _):
+        return jnp.tanh(_layer(self.block, "layer")(carry)).astype(carry.dtype), None
+
+
+COPIES = 2  # of a layer that is repeated
+_OWN_PARAMETERS: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+
+
+def _lifted(block: Block, name: str) -> Any:
+    if block.lift == "scan":
+        scanned = nn.scan(Cell, length=COPIES, **_OWN_PARAMETERS)(block, name=name)
+        return lambda x: scanned(x, None)[0]
+    if block.lift == "vmap":
+        side_by_side = functools.partial(nn.vmap, in_axes=None, axis_size=COPIES, **_OWN_PARAMETERS)
+        layer = _layer(block, name, side_by_side)
+        return lambda x: layer(x).sum(axis=0)
+    layer = _layer(block, name, nn.remat if block.lift == "remat" else lambda kind: kind)
+    return (lambda x: layer(layer(x))) if block.lift == "twice" else layer
+
+
+def _layer(block: Block, name: str, lift: Any = lambda kind: kind) -> Any:
     if block.kind == "flatten":
         return lambda x: x.reshape(x.shape[0], -1)
     options: dict[str, Any] = dict(block.options, name=name, dtype=block.dtype)
     options["param_dtype"] = jnp.dtype(block.param_dtype)
     if block.kind == "embed":
-        return nn.Embed(options.pop("rows"), *block.features, **options)
-    if block.kind == "dense":
-        return nn.Dense(*block.features, **options)
-    if block.kind == "conv":
-        return nn.Conv(*block.features, **options)
-    return nn.DenseGeneral(block.features, **options)
+        return lift(nn.Embed)(options.pop("rows"), *block.features, **options)
+    if block.kind == "general":
+        return lift(nn.DenseGeneral)(block.features, **options)
+    kind = {"dense": nn.Dense, "conv": nn.Conv, "transpose": nn.ConvTranspose}[block.kind]
+    return lift(kind)(*block.features, **options)
 
 
 def _normalised(block: Block, name: str, x: Any) -> Any:
@@ -120,27 +146,29 @@ def networks(draw) -> Network:
 def _kinds(shape: tuple[int, ...]) -> list[str]:
     kinds = ["dense", "general"]
     if len(shape) in (3, 4):
-        kinds += ["conv", "conv"]
+        kinds += ["conv", "conv", "transpose"]
     return [*kinds, "flatten"] if len(shape) > 2 else kinds
 
 
 @st.composite
 def _blocks(draw, kind: str, shape: tuple[int, ...], rows: int = 0) -> Block:
-    features, options = (draw(_sizes),), {}
-    if kind in ("dense", "general", "conv"):
+    features, options = (draw(st.one_of(_sizes, st.just(shape[-1]))),), {}
+    if kind in ("dense", "general", "conv", "transpose"):
         options["use_bias"] = draw(st.booleans())
     if kind == "embed":
         options["rows"] = rows
     if kind == "conv":
         features, more = draw(_convolutions(shape))
         options |= more
+    if kind == "transpose":
+        options |= draw(_windows(shape))
     if kind == "general":
         last = draw(st.integers(1, len(shape) - 1))
         axes = draw(st.permutations(range(-last, 0)))[: draw(st.integers(1, last))]
         options["axis"] = axes[0] if len(axes) == 1 and draw(st.booleans()) else tuple(axes)
         if len(shape) - len(axes) <= 2:
             features = tuple(draw(st.lists(_sizes, min_size=1, max_size=2)))
-    return Block(
+    block = Block(
         kind,
         features,
         tuple(sorted(options.items())),
@@ -149,12 +177,25 @@ def _blocks(draw, kind: str, shape: tuple[int, ...], rows: int = 0) -> Block:
         draw(st.sampled_from([None, None, "batch", "layer"])),
         draw(st.sampled_from(["tanh", "tanh", "relu", "none"])),
     )
+    return block if kind == "flatten" else block._replace(lift=draw(_lifts(block, shape)))
+
+
+def _lifts(block: Block, shape: tuple[int, ...]) -> st.SearchStrategy[str | None]:
+    repeated = block.kind != "embed" and _output_shape(block, shape) == shape
+    return st.sampled_from([None, *["scan", "twice"] * repeated, "remat", "vmap", None])
 
 
 @st.composite
 def _convolutions(draw, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, Any]]:
-    space, channels = shape[1:-1], shape[-1]
+    channels = shape[-1]
     groups = draw(st.sampled_from([g for g in (1, 1, 2, 3) if channels % g == 0]))
+    features = draw(st.one_of(st.integers(1, 3).map(lambda n: n * groups), st.just(channels)))
+    return (features,), draw(_windows(shape)) | {"feature_group_count": groups}
+
+
+@st.composite
+def _windows(draw, shape: tuple[int, ...]) -> dict[str, Any]:
+    space = shape[1:-1]
     padding = draw(st.sampled_from(["SAME", "VALID"]))
     window = tuple(draw(st.integers(1, 3)) for _ in space)
     dilation = tuple(draw(st.integers(1, 2)) for _ in space)
@@ -163,14 +204,12 @@ def _convolutions(draw, shape: tuple[int, ...]) -> tuple[tuple[int, ...], dict[s
         dilation = tuple(
             d if (k - 1) * d < n else 1 for k, d, n in zip(window, dilation, space, strict=True)
         )
-    options = {
+    return {
         "kernel_size": window,
         "strides": tuple(draw(st.integers(1, 2)) for _ in space),
         "kernel_dilation": dilation,
         "padding": padding,
-        "feature_group_count": groups,
     }
-    return (groups * draw(st.integers(1, 3)),), options
 
 
 def _output_shape(block: Block, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -49,8 +49,9 @@ def _layer(block: Block, shape: tuple[int, ...]) -> nnx.Module:
         return nnx.Embed(options.pop("rows"), *block.features, **options)
     if block.kind == "dense":
         return nnx.Linear(shape[-1], *block.features, **options)
-    if block.kind == "conv":
-        return nnx.Conv(shape[-1], *block.features, **options)
+    if block.kind in ("conv", "transpose"):
+        kind = nnx.Conv if block.kind == "conv" else nnx.ConvTranspose
+        return kind(shape[-1], *block.features, **options)
     axes = np.atleast_1d(options["axis"])
     return nnx.LinearGeneral(tuple(shape[a] for a in axes), block.features, **options)
 
@@ -60,6 +61,11 @@ def _norm(block: Block, features: int) -> nnx.Module:
     if block.norm == "batch":
         return nnx.BatchNorm(features, use_running_average=False, **options)
     return nnx.LayerNorm(features, **options)
+
+
+def bare(network: Network) -> Network:
+    """The network without what only linen lifts."""
+    return network._replace(blocks=tuple(block._replace(lift=None) for block in network.blocks))
 
 
 def precise(network: Network) -> Network:

@@ -55,6 +55,7 @@ def test_many_networks_many_options(network, setting):
 
 
 def check_nnx(network):
+    network = fuzzing_nnx.bare(network)
     try:
         problem = fuzzing.make_problem(network)
     except ValueError:
