@@ -12,7 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 PROGRAM = """
 from typing import Any
 import jax
+from flax import nnx
 import tekfac_jax as tekfac
+from tekfac_jax import nnx as tekfac_nnx
+from tekfac_jax import plot
 
 def loss_fn(params: Any, x: jax.Array) -> jax.Array: ...
 
@@ -39,6 +42,19 @@ def train(params: Any, x: jax.Array) -> None:
     tapped = tekfac.tap(loss_fn, layers)
     print(theta, scalars, worst, balance, tekfac.stats_due(stepped), layers["a"].in_dim)
     print(clipped, sentence, step, number, slots, tapped)
+    mesh = jax.make_mesh((8,), ("data",))
+    divided = tekfac.kfac(0.1, layers, mesh=mesh, shard_state=True)
+    lies = tekfac.opt_state_sharding(layers, mesh, divided.init(params), mesh_axis="data")
+    plot.health([scalars], found, steps=[1]).savefig("health.png")
+    print(lies, plot.history([scalars]), plot.spectra(found, damping=scalars))
+
+def nnx_loss(model: nnx.Module, x: jax.Array) -> jax.Array: ...
+
+def train_nnx(model: nnx.Module, x: jax.Array) -> None:
+    layers = tekfac_nnx.find_layers(nnx_loss, model, x, skip="head")
+    grad_fn = tekfac_nnx.value_grad_and_stats(nnx_loss, layers, reduction="sum")
+    stats_fn = tekfac_nnx.fisher_stats(nnx_loss, layers, likelihood=tekfac.Bernoulli())
+    print(grad_fn(model, x), stats_fn(model, x, key=jax.random.key(0)))
 """
 MISTAKES = """
 tekfac.scale_by_tekfac(layers, factors="Exact")
@@ -48,6 +64,8 @@ tekfac.find_layers(loss_fn, params, x, norm="all")
 tekfac.curvature(state)["a"].thetas
 tekfac.device_plan(layers, "8")
 tekfac.scale_by_tekfac(layers, 50)
+plot.spectra([1, 2])
+tekfac_nnx.find_layers(params, loss_fn, x, norm=1)
 """
 
 
