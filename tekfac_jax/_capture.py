@@ -17,7 +17,7 @@ import numpy as np
 from tekfac_jax._checks import check_choice, check_flag, check_function, check_number
 from tekfac_jax._contract import Factors
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
-from tekfac_jax._judge import Skip, as_predicate, judge, nothing_found
+from tekfac_jax._judge import Skip, as_predicate, check_skip, judge, nothing_found
 from tekfac_jax._layers import Layers, check_layers, join_path
 from tekfac_jax._plan import Captures, batch_plan, common_batch_size
 from tekfac_jax._pytrees import flattened
@@ -68,7 +68,7 @@ def find_layers(
         >>> print(tekfac.find_layers(loss_fn, params, x))
         layer  kind   in  out  positions  state bytes
         ~      dense  6   3    1          432
-        1 layers, 432 bytes of state
+        1 layers, 432 bytes of state, seen with 8 examples
     """
     check_choice("norm", norm, get_args(Norm))
     _check_keywords(fn, kwargs)
@@ -76,8 +76,9 @@ def find_layers(
     findings = judge(trace, as_predicate(skip))
     if not findings.covered:
         raise ValueError(nothing_found(trace, findings))
-    common_batch_size(findings.covered)
-    return Layers(tuple(findings.specs.values()), tuple(sorted(findings.uncovered.items())))
+    check_skip(skip, findings)
+    uncovered = tuple(sorted(findings.uncovered.items()))
+    return Layers(tuple(findings.specs.values()), uncovered, common_batch_size(findings.covered))
 
 
 def value_grad_and_stats(

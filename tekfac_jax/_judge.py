@@ -12,6 +12,7 @@ from tekfac_jax._record import Call
 from tekfac_jax._trace import Trace
 from tekfac_jax._usage import Leaf, Occurrence
 
+_AVERAGES = "no parameter: pass variables['params'] alone as argument 0"
 UNSEEN = "no supported layer was seen to use it as its own"
 
 Skip = str | Callable[[str], bool] | None
@@ -72,7 +73,9 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     if homeless:
         unknown += f" (seen with other kernels: {'; '.join(sorted(set(homeless)))})"
     uncovered = {
-        join_path(path): reasons.get(i, unknown)
+        (name := join_path(path)): reasons.get(
+            i, _AVERAGES if name.startswith("batch_stats/") else unknown
+        )
         for i, path in enumerate(trace.paths)
         if reasons.get(i) != ""
     }
@@ -173,11 +176,24 @@ def as_predicate(skip: Skip) -> Callable[[str], bool]:
     if skip is None:
         return lambda path: False
     if isinstance(skip, str):
-        pattern = re.compile(skip)
+        try:
+            pattern = re.compile(skip)
+        except re.error as error:
+            raise ValueError(
+                f"skip must be a regular expression, which {skip!r} is not: {error}"
+            ) from error
         return lambda path: pattern.search(path) is not None
     if callable(skip):
         return skip
     raise ValueError(f"skip must be a regular expression or a predicate on the path, got {skip!r}")
+
+
+def check_skip(skip: Skip, findings: Findings) -> None:
+    """Raises for a regular expression that leaves nothing out."""
+    parents = {path.rpartition("/")[0] or "~" for path in findings.uncovered}
+    predicate = as_predicate(skip)
+    if isinstance(skip, str) and not any(map(predicate, {*findings.specs, *parents})):
+        raise ValueError(f"skip={skip!r} matches none of the layers: {', '.join(findings.specs)}")
 
 
 def nothing_found(trace: Trace, findings: Findings) -> str:

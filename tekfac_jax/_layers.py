@@ -166,10 +166,13 @@ class Layers(Mapping[str, LayerSpec]):
     Attributes:
         specs: the layers that are covered, in the order in which they are called.
         uncovered: (parameter path, reason) for each parameter that is not.
+        batch_size: what `find_layers` took for the number of examples, the leading axis of the
+            layers' inputs; None where it was not asked.
     """
 
     specs: tuple[LayerSpec, ...]
     uncovered: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
+    batch_size: int | None = dataclasses.field(default=None, compare=False)
 
     def __getitem__(self, path: str) -> LayerSpec:
         for spec in self.specs:
@@ -195,7 +198,8 @@ class Layers(Mapping[str, LayerSpec]):
             "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in [head, *rows]
         ]
         total = sum(s.state_bytes for s in self.specs)
-        lines.append(f"{len(self)} layers, {total:,} bytes of state")
+        batch = "" if self.batch_size is None else f", seen with {self.batch_size:,} examples"
+        lines.append(f"{len(self)} layers, {total:,} bytes of state{batch}")
         if self.uncovered:
             lines += ["", "not covered:"]
             lines += [f"  {path}: {reason}" for path, reason in self.uncovered]

@@ -57,8 +57,7 @@ def clip_by_kl(
         [5. 5. 5. 5.]
     """
     check_number("max_kl", max_kl, 0, math.inf, "1e-3 is usual", open_low=True)
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
+    _check_learning_rate(learning_rate)
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
@@ -83,6 +82,13 @@ def clip_by_kl(
         return clipped, ClipByKlState(count, factor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_learning_rate(value: Any) -> None:
+    if isinstance(value, Layers):
+        raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
+    if not callable(value):
+        check_number("learning_rate", value, 0, math.inf, "or an optax schedule; pass η, not −η")
 
 
 def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -215,9 +221,8 @@ def _ready(
     damping_scale: Any = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    check_names(options)
-    if not callable(learning_rate):
-        check_number("learning_rate", learning_rate, 0, math.inf, "pass η, not −η")
+    check_names(options, ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback"))
+    _check_learning_rate(learning_rate)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")

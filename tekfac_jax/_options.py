@@ -62,12 +62,18 @@ class Options(NamedTuple):
     factor_dtype: Any = None
 
 
-def check_names(options: Mapping[str, Any]) -> None:
-    """Raises a TypeError that names an option that does not exist, and the nearest that does."""
+def check_names(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
+    """Raises a TypeError that names an option that does not exist, and the nearest that does.
+
+    Args:
+        options: what was passed by name.
+        also: names that exist beside those of `Options`.
+    """
+    known = (*also, *Options._fields)
     for name in options:
         if name not in Options._fields:
-            near = difflib.get_close_matches(name, Options._fields, 1)
-            hint = f", did you mean {near[0]!r}?" if near else f": choose from {Options._fields}"
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
             raise TypeError(f"there is no argument {name!r}{hint}")
 
 

@@ -1,12 +1,13 @@
 """From layers to a plan for one set of shapes: which layer call fills which slot."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._judge import UNSEEN, Use, judge, scans_of
+from tekfac_jax._judge import UNSEEN, Findings, Use, judge, scans_of
 from tekfac_jax._layers import Capture, Layers, LayerSpec, parameter_path, zeros_like
 from tekfac_jax._replay import Tag, capture
 from tekfac_jax._trace import Trace, trace_layers
@@ -99,18 +100,36 @@ def batch_plan(
             )
         if found != spec:
             raise ValueError(
-                f"layer {path!r} has changed since find_layers: it was {spec}, it is {found}. "
+                f"layer {path!r} has changed since find_layers: {_changes(spec, found)}. "
                 "Call find_layers again."
             )
-    _check_nothing_new(findings.specs, layers)
+    _check_nothing_new(findings, layers)
     covered = {path: findings.covered[path] for path in layers}
     return Plan(trace, covered, common_batch_size(covered))
 
 
-def _check_nothing_new(found: Mapping[str, LayerSpec], layers: Layers) -> None:
-    """Raises for a layer that find_layers would have covered, had it been called then."""
+def _changes(old: LayerSpec, new: LayerSpec) -> str:
+    """The fields that differ."""
+    names = [field.name for field in dataclasses.fields(old) if field.compare]
+    both = ((name, getattr(old, name), getattr(new, name)) for name in names)
+    return ", ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in both if was != now)
+
+
+def _check_nothing_new(findings: Findings, layers: Layers) -> None:
+    """Raises for what find_layers has not seen, or would have covered had it been called then."""
     reasons = dict(layers.uncovered)
-    for path, spec in found.items():
+    unknown = findings.uncovered.keys() - reasons.keys()
+    unknown |= {
+        parameter_path(path, spec.kernel_name)
+        for path, spec in findings.specs.items()
+        if path not in layers and parameter_path(path, spec.kernel_name) not in reasons
+    }
+    if unknown:
+        raise ValueError(
+            f"argument 0 has parameters that were not there when find_layers looked: "
+            f"{', '.join(sorted(unknown))}. Call find_layers again."
+        )
+    for path, spec in findings.specs.items():
         reason = reasons.get(parameter_path(path, spec.kernel_name), "")
         if path not in layers and reason.startswith(UNSEEN):
             raise ValueError(

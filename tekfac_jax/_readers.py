@@ -243,9 +243,9 @@ def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:
             and `shard_state`; others may change from one run to the next.
 
     Returns:
-        A sentence: the first difference, or the first layer whose factors are still to be built
-        anew (`restore_state`) or that has fallen back to its scaled gradient (`max_failures`). The
-        empty string if there is nothing to say.
+        A sentence: the first difference; or that no step was given statistics; or the first layer
+        whose factors are still to be built anew (`restore_state`) or that has fallen back to its
+        scaled gradient (`max_failures`). The empty string if there is nothing to say.
 
     Raises:
         ValueError: there is no such state inside, or `layers` is something else.
@@ -266,6 +266,7 @@ numbers are not.
     return (
         _difference(opt_state, layers)
         or ("" if expected is None else _other_options(opt_state, expected))
+        or _without_statistics(opt_state)
         or _not_at_work(opt_state)
     )
 
@@ -277,6 +278,23 @@ def _other_options(opt_state: Any, expected: Any) -> str:
             f"{len(found)} transformations of the family are in the state, {len(wanted)} expected."
         )
     return next(filter(None, map(difference, found, wanted)), "")
+
+
+def _without_statistics(opt_state: Any) -> str:
+    """Whether there have been steps, and no curvature has come with any of them."""
+    for state in _find(opt_state, ScaleByTekfacState):
+        seen = [
+            x
+            for layer in state.layers.values()
+            for x in (layer.factor_weight, layer.theta_weight, layer.failures)
+        ]
+        steps = largest(state.count) if all(map(is_known, (state.count, *seen))) else 0
+        if steps > 0 and not any(map(largest, seen)):
+            return (
+                f"None of the {steps} steps so far was given statistics, and gradients pass as "
+                "they are: pass stats=, the third result of value_grad_and_stats."
+            )
+    return ""
 
 
 def _not_at_work(opt_state: Any) -> str:
@@ -366,5 +384,11 @@ def _find(opt_state: Any, kind: type) -> list[Any]:
 def search(opt_state: Any, kind: type) -> list[Any]:
     """All states of that type in an optax state, however deep."""
     # A clip's state contains the state that it wraps: stop only at the kind that is looked for.
-    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    found = [node for node in nodes if isinstance(node, kind)]
+    return jax.tree.map(lambda x: x.__jax_array__() if _refers(x) else x, found, is_leaf=_refers)
+
+
+def _refers(node: Any) -> bool:
+    """Whether an array is kept in an object, as `nnx.Optimizer` keeps those of its state."""
+    return hasattr(node, "__jax_array__") and not isinstance(node, jax.Array)

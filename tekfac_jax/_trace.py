@@ -4,6 +4,7 @@ The layers tell a recorder, which leaves markers for `_usage` to read. No arithm
 nothing is differentiated here.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def trace_layers(
     With `norms` normalisations are layers too.
     """
     check_function("the function", fn)
+    _check_no_module(params)
     paths_and_leaves, treedef = flattened(params, "argument 0")
     for path, leaf in paths_and_leaves:
         number = isinstance(leaf, float | complex) or (
@@ -90,6 +92,15 @@ def trace_layers(
     jaxpr = make_fresh_jaxpr(traced, leaves, arrays)
     usage = read_usage(jaxpr, len(leaves))
     return Trace(jaxpr, arrays, recorder, usage, paths, output[0])
+
+
+def _check_no_module(params: Any) -> None:
+    nnx = sys.modules.get("flax.nnx")  # nobody has a module of nnx without it
+    if nnx is not None and isinstance(params, nnx.Module):
+        raise ValueError(
+            "argument 0 is a module of flax.nnx: use the function of the same name in "
+            "tekfac_jax.nnx (from tekfac_jax import nnx as tekfac_nnx)"
+        )
 
 
 def _is_traced(leaf: Any) -> bool:

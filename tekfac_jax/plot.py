@@ -108,8 +108,7 @@ def history(
         raise ValueError(
             f"there are {len(steps)} steps and {len(records)} records; give one step for each"
         )
-    if quantities is None:
-        quantities = [name for name in _KNOWN if name in found]
+    quantities = _chosen(quantities, found)
     missing = [name for name in quantities if name not in found]
     if missing or not quantities:
         what = repr(missing[0]) if missing else "any quantity of tekfac.diagnostics"
@@ -203,7 +202,7 @@ def health(
         ['failures so far', 'params']
     """
     found = _lines(records)
-    count = len([name for name in _KNOWN if name in found] if quantities is None else quantities)
+    count = len(_chosen(quantities, found))
     rows = [max(1, math.ceil(number / _COLUMNS)) for number in (count, len(curvatures))]
     figure = Figure(figsize=(_COLUMNS * _PANEL[0], sum(rows) * _PANEL[1]), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=rows)
@@ -249,6 +248,12 @@ def _thinned(descending: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """(ranks from 1, values) of at most `_POINTS` values, evenly spread on a logarithmic axis."""
     ranks = np.unique(np.geomspace(1, len(descending), _POINTS).round().astype(int))
     return ranks, descending[ranks - 1]
+
+
+def _chosen(quantities: Sequence[str] | None, found: Mapping[str, Any]) -> Sequence[str]:
+    if quantities is None:
+        return [name for name in _KNOWN if name in found]
+    return [quantities] if isinstance(quantities, str) else quantities
 
 
 # --- drawing ---------------------------------------------------------------------------------

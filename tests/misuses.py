@@ -146,6 +146,9 @@ def mistakes() -> dict[str, Callable[[Any], Any]]:
         "parameters to look at": lambda r: tekfac.find_layers(loss, mutated(params, r), x),
         "batch to look at": lambda r: tekfac.find_layers(loss, params, mutated(x, r)),
         "skip": lambda r: tekfac.find_layers(loss, params, x, skip=mutated(number, r)),
+        "pattern to skip": lambda r: tekfac.find_layers(
+            loss, params, x, skip=r.choice(["(", "*a", "[", "nothing like that", "\\"])
+        ),
         "norm": lambda r: tekfac.find_layers(loss, params, x, norm=mutated(number, r)),
         "function to look at": lambda r: tekfac.find_layers(r.choice(NO_FUNCTIONS), params, x),
         "parameters": lambda r: traced(gather, mutated(params, r), x),

@@ -5,12 +5,15 @@ import functools
 import re
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import tekfac_jax as tekfac
+from tekfac_jax import nnx as tekfac_nnx
 from tests.capturing import (
     SINGLE,
     Net,
@@ -52,11 +55,12 @@ def test_loss_that_is_no_scalar():
 
 @pytest.mark.parametrize("dtype", [jnp.int32, bool])
 def test_parameter_that_cannot_be_differentiated(dtype):
-    loss, params, x, layers = simple_case()
+    loss, params, x, _ = simple_case()
     bias = params["Dense_0"]["bias"].astype(dtype)
     with_counter = {**params, "counter": jnp.zeros((), dtype)}
     params = {**params, "Dense_0": {**params["Dense_0"], "bias": bias}}
     for wrong, name in [(params, "Dense_0/bias"), (with_counter, "counter")]:
+        layers = tekfac.find_layers(loss, wrong, x)
         with pytest.raises(ValueError, match=rf"leaf '{name}' has dtype {jnp.dtype(dtype)}; keep"):
             tekfac.value_grad_and_stats(loss, layers)(wrong, x)
 
@@ -363,3 +367,102 @@ def test_scalar_arrays_within_range_are_options():
     options = {"factor_interval": np.int64(2), "damping": np.float32(0.1), "factor_decay": 0}
     tekfac.scale_by_tekfac(simple_case()[-1], **options)
     tekfac.tekfac(np.float32(0.1), simple_case()[-1], momentum=jnp.array(0.5), **options)
+
+
+# --- what a newcomer gets wrong ------------------------------------------------------------------
+
+
+def test_what_has_changed_of_a_layer():
+    loss, _, _, layers = simple_case()
+    wide = randn(6, 7)
+    changed = r"find_layers: kernel_shape was \(4, \d\) and is \(7, \d\)\. Call find_layers again"
+    with pytest.raises(ValueError, match=changed):
+        tekfac.value_grad_and_stats(loss, layers)(random_params(Net(mlp), wide), wide)
+
+
+def test_parameters_that_are_new():
+    """They would go to the fallback, and no table would list them."""
+    loss, params, x, layers = simple_case()
+    scaled = {**params, "scale": jnp.ones(())}
+
+    def scaled_loss(params, x):
+        return loss({k: v for k, v in params.items() if k != "scale"}, x) * params["scale"]
+
+    with pytest.raises(ValueError, match=r"not there when find_layers looked: scale\. Call find_"):
+        tekfac.value_grad_and_stats(scaled_loss, layers)(scaled, x)
+    one = tekfac.Layers(layers.specs[:1], (("Dense_1/bias", "left out"),))
+    with pytest.raises(ValueError, match=r"find_layers looked: Dense_1/kernel\. Call"):
+        tekfac.value_grad_and_stats(loss, one)(params, x)
+
+
+def test_skip_that_leaves_nothing_out():
+    loss, params, x, _ = simple_case()
+    with pytest.raises(ValueError, match=r"skip='Dence' matches none of the layers: Dense_0, Dens"):
+        tekfac.find_layers(loss, params, x, skip="Dence")
+    with pytest.raises(
+        ValueError, match=r"skip must be a regular expression, which '\*head' is no"
+    ):
+        tekfac.find_layers(loss, params, x, skip="*head")
+    assert list(tekfac.find_layers(loss, params, x, skip="_0$")) == ["Dense_1"]
+    assert len(tekfac.find_layers(loss, params, x, skip=lambda path: False)) == 2
+
+
+def test_number_of_examples_is_shown():
+    """A batch axis that is not the leading one shows there."""
+    loss, params, x, layers = simple_case()
+    assert layers.batch_size == 6
+    assert repr(layers).splitlines()[3].endswith("bytes of state, seen with 6 examples")
+    turned = tekfac.find_layers(lambda p, x: loss(p, x.reshape(-1, 4)), params, x.reshape(2, 3, 4))
+    assert turned.batch_size == 6
+
+
+def test_arguments_of_ready_optimizers():
+    *_, layers = simple_case()
+    with pytest.raises(ValueError, match="must be a number or a schedule, got Layers: it comes fi"):
+        tekfac.tekfac(layers, 0.1)
+    with pytest.raises(ValueError, match=r"or an optax schedule; pass η, not −η"):
+        tekfac.kfac("0.1", layers)
+    with pytest.raises(TypeError, match="no argument 'kl_cilp', did you mean 'kl_clip'"):
+        tekfac.tekfac(0.1, layers, kl_cilp=1e-3)
+    with pytest.raises(TypeError, match=r"choose from learning_rate, momentum, .*, factor_interv"):
+        tekfac.ekfac(0.1, layers, nesterov=True)
+
+
+def test_all_variables_in_place_of_the_parameters():
+    def norm(x):
+        return nn.Dense(2)(nn.BatchNorm(use_running_average=False)(nn.Dense(3)(x)))
+
+    model, x = Net(norm), randn(5, 4)
+    variables = model.init(jax.random.key(0), x)
+
+    def loss(variables, x):
+        return losses_of(model.apply(variables, x, mutable=["batch_stats"])[0]).mean()
+
+    reasons = dict(tekfac.find_layers(loss, variables, x).uncovered)
+    reason = reasons["batch_stats/BatchNorm_0/mean"]
+    assert reason == "no parameter: pass variables['params'] alone as argument 0"
+
+
+def test_steps_without_statistics():
+    loss, params, x, layers = simple_case()
+    tx = tekfac.tekfac(0.1, layers)
+    state = tx.init(params)
+    assert tekfac.check_state(state, layers) == ""
+    _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
+    for _ in range(2):
+        _, state = tx.update(grads, state, params)
+    assert tekfac.check_state(state, layers).startswith("None of the 2 steps so far was given stat")
+    jax.jit(lambda state: tekfac.check_state(state, layers) or state)(state)
+    _, state = tx.update(grads, state, params, stats=stats)
+    assert tekfac.check_state(state, layers) == ""
+
+
+def test_modules_and_parameters_where_the_other_belongs():
+    loss, params, x, _ = simple_case()
+    model = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"argument 0 is a module of flax.nnx: use .*tekfac_jax.nnx"
+    ):
+        tekfac.find_layers(lambda model, x: model(x).sum(), model, x)
+    with pytest.raises(ValueError, match=r"no nnx.Param \(dict\): pass the nnx.Module; parameters"):
+        tekfac_nnx.find_layers(loss, params, x)

@@ -131,8 +131,17 @@ def test_training_is_that_of_linen():
     actual = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    curvature = tekfac.curvature(nnx.as_pure(optimizer.opt_state))
+    curvature = tekfac.curvature(optimizer.opt_state)
     assert relative_error(curvature["head"].theta, tekfac.curvature(state)["head"].theta) <= 1e-3
+    scalars = tekfac.diagnostics(optimizer.opt_state)
+    inside = nnx.jit(lambda optimizer: tekfac.diagnostics(optimizer.opt_state))(optimizer)
+    pure = tekfac.diagnostics(nnx.as_pure(optimizer.opt_state))
+    assert scalars.keys() == tekfac.diagnostics(state.opt_state).keys() == inside.keys()
+    for name, value in pure.items():
+        assert isinstance(scalars[name], jax.Array)
+        np.testing.assert_array_equal(scalars[name], value)
+        np.testing.assert_allclose(inside[name], value, rtol=1e-6)
+    assert tekfac.check_state(optimizer.opt_state, nnx_layers) == ""
 
 
 class Recurrent(nnx.Module):
