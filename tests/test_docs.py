@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 import tekfac_jax
 import tekfac_jax.nnx
 import tekfac_jax.plot
+from tekfac_jax import _schedule
 from tests import snippets
 from tests.test_errors import simple_case
 
@@ -63,6 +64,42 @@ def test_questions_run():
     namespace = snippets.run(page("faq.md"), "faq.md")
     assert namespace["state"].step == 1
     assert not set(namespace["layers"]) & {"BatchNorm_0"}
+
+
+def test_the_method_by_hand(capsys):
+    """NumPy alone, the dense solve and the library give one step, and the page shows it."""
+    text = page("method.md")
+    names = snippets.run(text, "method.md")
+    assert capsys.readouterr().out == "".join(snippets.blocks(text, "text"))
+    np.testing.assert_allclose(names["solved"], names["step"], rtol=1e-12)
+    np.testing.assert_allclose(names["library"], names["step"], rtol=1e-4)
+
+
+def test_costs_in_the_method_are_those_of_the_schedule():
+    """Its formulas with one position, from G_n, and in the printed example."""
+    examples, i, o = _schedule._EXAMPLES, 5, 3
+
+    def costs(t, i, o):
+        spec = tekfac_jax.LayerSpec(
+            path="", kind="dense", kernel_shape=(i, o), contracted=1, use_bias=False,
+            dtype="float32", axes=(-1,), positions=t,
+        )  # fmt: skip
+        return _schedule._costs(spec)
+
+    factors, eigenbasis, rescaling = costs(1, i, o)
+    assert factors == 2 * examples * (i**2 + o**2)
+    assert eigenbasis == 9 * (i**3 + o**3)
+    assert rescaling == 2 * examples * (i**2 + o**2 + i * o)
+    factors, _, rescaling = costs(1000, i, o)
+    assert factors == rescaling == 2 * examples * (1000 * i * o + i * o * (i + o))
+
+    cost = section("method.md", "Why refreshes are rare, and what they cost")
+    names = snippets.run(cost, "method.md")
+    refreshes = names["refreshes"]
+    factors, eigenbasis, rescaling = costs(names["t"], names["i"], names["o"])
+    assert refreshes["factors"] * examples == factors * names["n"]
+    assert refreshes["eigenbasis"] == eigenbasis
+    assert refreshes["Θ"] * examples == rescaling * names["n"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of orbax
