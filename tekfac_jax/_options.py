@@ -54,6 +54,7 @@ class Options(NamedTuple):
     max_dim: int | None = None
     eigenbasis: Method = "auto"
     stagger: bool = False
+    early_refreshes: bool = False
     max_failures: Number | None = 5
     axis_name: Any = None
     mesh: Any = None
@@ -91,6 +92,7 @@ def validate(layers: Any, options: Options, *, measured: bool) -> Options:
     for name in _INTERVALS:
         _check_interval(name, getattr(options, name))
     check_flag("stagger", options.stagger)
+    check_flag("early_refreshes", options.early_refreshes)
     if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
         raise ValueError(
             "stagger=True lays the steps out when the transformation is made: give the intervals "

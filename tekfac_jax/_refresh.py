@@ -20,6 +20,7 @@ from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, rotate, trace, transport
 from tekfac_jax._layers import LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
+from tekfac_jax._schedule import is_due
 from tekfac_jax._sources import Captured, Formed, Source
 from tekfac_jax._stacked import by_shape, is_stacked
 from tekfac_jax._state import KINDS, LayerState, debiased, for_each, unit_trace
@@ -59,7 +60,7 @@ class Tools(NamedTuple):
         )
 
     def at_interval(self, interval: int) -> jax.Array:
-        return (self.step - self.offset) % interval == 0
+        return is_due(self.step, self.offset, interval, early=self.options.early_refreshes)
 
     @property
     def kind_of_factors(self) -> Factors:

@@ -1,7 +1,9 @@
 """When each layer's curvature is refreshed: all at once, or spread over the interval."""
 
 import math
+from typing import Any
 
+import jax
 import numpy as np
 
 from tekfac_jax._layers import Layers, LayerSpec
@@ -9,6 +11,19 @@ from tekfac_jax._orders import factor_order, rescaling_order
 
 _MOST_TRIALS = 2**27  # steps times offsets, for each layer: a fraction of a second
 _EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
+
+
+def is_due(step: jax.Array, offset: Any, interval: Any, *, early: bool) -> jax.Array:
+    """Whether a refresh is due: once in an interval, and 1, 2, 4, ... steps after the first one.
+
+    The latter with `early`, until the second one.
+    """
+    since = step - offset
+    due = since % interval == 0
+    if early:
+        power_of_two = (since > 0) & (since & (since - 1) == 0)
+        due |= power_of_two & (since < interval)
+    return due
 
 
 def offsets(

@@ -44,7 +44,7 @@ from tekfac_jax._refresh import (
     update_rescaling,
     update_running_rescaling,
 )
-from tekfac_jax._schedule import offsets
+from tekfac_jax._schedule import is_due, offsets
 from tekfac_jax._sharding import keep_folded, over_mesh
 from tekfac_jax._sources import Captured, Source, Summed
 from tekfac_jax._stacked import by_shape
@@ -242,7 +242,8 @@ def _next_due(
 ) -> jax.Array:
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
     own = jnp.asarray(sorted(set(offset.values())), count.dtype)
-    due = [jnp.any((count - own) % interval == 0) for interval in intervals]
+    early = options.early_refreshes
+    due = [jnp.any(is_due(count, own, interval, early=early)) for interval in intervals]
     missing = [
         jnp.any(~layer.basis_valid | (layer.theta_weight == 0) | (layer.factor_weight == 0))
         for layer in layers.values()
@@ -273,6 +274,7 @@ def scale_by_tekfac(
     max_dim: int | None = None,
     eigenbasis: Method = "auto",
     stagger: bool = False,
+    early_refreshes: bool = False,
     max_failures: Number | None = 5,
     axis_name: Any = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -333,6 +335,10 @@ def scale_by_tekfac(
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
+        early_refreshes: also refresh 1, 2, 4, ... steps after the first one, until the first
+            interval is over: six more refreshes with intervals of 50. Curvature changes fastest
+            in the first steps, and the first batch's alone would serve for a whole interval. Not
+            in the paper; for runs of few intervals (measured in `docs/results.md`).
         max_failures: a layer whose statistics or decompositions are not finite keeps its last good
             curvature; after so many failures of one kind in a row it scales its gradient by
             1 / (mean eigenvalue + λ) instead, until a refresh of that kind succeeds
@@ -375,8 +381,8 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, damping_form, factors, rescaling,
-        rescaling_examples, basis_rank, max_dim, eigenbasis, stagger, max_failures, axis_name,
-        mesh, mesh_axis, shard_state, factor_dtype,
+        rescaling_examples, basis_rank, max_dim, eigenbasis, stagger, early_refreshes, max_failures,
+        axis_name, mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(
         layers, Member(plain=False, measured=True), validate(layers, options, measured=True)

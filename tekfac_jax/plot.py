@@ -1,6 +1,6 @@
 """Pictures of a run: what `diagnostics` says over the steps, and the eigenvalues of each layer.
 
-Not imported by `tekfac_jax` itself; needs Matplotlib: ``pip install "tekfac_jax[plot]"``. Nothing
+Not imported by `tekfac_jax` itself; needs Matplotlib: ``pip install matplotlib``. Nothing
 here touches Matplotlib's global state: each function returns a figure, to be written with
 ``figure.savefig("run.png")``, or shown by a notebook as the value of a cell, which needs
 ``%matplotlib inline`` once before.
@@ -24,7 +24,7 @@ try:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
-    raise ImportError("tekfac_jax.plot needs Matplotlib: pip install 'tekfac_jax[plot]'") from error
+    raise ImportError("tekfac_jax.plot needs Matplotlib: pip install matplotlib") from error
 
 __all__ = ["health", "history", "spectra"]
 

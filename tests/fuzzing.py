@@ -238,6 +238,7 @@ _VALID: dict[str, Any] = {
     "max_dim": st.sampled_from([None, 1, 3, 40]),
     "eigenbasis": st.sampled_from(["auto", "eigh", "subspace"]),
     "stagger": st.booleans(),
+    "early_refreshes": st.booleans(),
     "max_failures": st.sampled_from([None, 1, 5, np.int64(2)]),
     "factor_dtype": st.sampled_from([None, "float64", "float64", "float32"]),
 }

@@ -115,7 +115,7 @@ ALLOWED = {
     **dict.fromkeys(("damping", "damping_scale", "kl_clip"), _is_positive),
     **dict.fromkeys(("trace_floor", "weight_decay"), _is_number),
     **dict.fromkeys(("max_failures", "max_dim", "rescaling_examples"), _is_count),
-    **dict.fromkeys(("stagger", "shard_state"), _is_flag),
+    **dict.fromkeys(("stagger", "early_refreshes", "shard_state"), _is_flag),
     "learning_rate": lambda v: _is_number(v) or callable(v),
     "basis_rank": lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
 }

@@ -18,7 +18,7 @@ ROOMS = [
     "_eigenbasis", "_decomposition", "_devices", "_folding",
     "_state", "_compatibility", "_readers", "_restore", "_damping", "_options",
     "_sharding", "_gather", "_capture", "_steps", "_check", "_fisher", "_batch",
-    "_sources", "_refresh", "_schedule", "_transform", "_optimizers", "train_state",
+    "_sources", "_schedule", "_refresh", "_transform", "_optimizers", "train_state",
     "__init__", "nnx", "plot",
 ]  # fmt: skip
 

@@ -143,7 +143,7 @@ def test_without_matplotlib_one_sentence():
     code = "import sys; sys.modules['matplotlib'] = None\nimport tekfac_jax\nimport tekfac_jax.plot"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stderr.splitlines()[-1] == (
-        "ImportError: tekfac_jax.plot needs Matplotlib: pip install 'tekfac_jax[plot]'"
+        "ImportError: tekfac_jax.plot needs Matplotlib: pip install matplotlib"
     )
 
 

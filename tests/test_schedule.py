@@ -34,9 +34,8 @@ class Case:
             return losses_of(model.apply({"params": params}, x)).mean()
 
         self.layers = tekfac.find_layers(loss, self.params, self.x[0])
-        self.tx = tekfac.scale_by_tekfac(
-            self.layers, stagger=True, damping=0.1, **INTERVALS, **options
-        )
+        options = {"stagger": True, "damping": 0.1, **INTERVALS, **options}
+        self.tx = tekfac.scale_by_tekfac(self.layers, **options)
         self.traces = 0
 
         @jax.jit
@@ -140,3 +139,60 @@ def test_intervals_must_be_known():
     layers = layers_of((3, 3))
     with pytest.raises(ValueError, match=r"stagger=True.*Python numbers"):
         tekfac.scale_by_tekfac(layers, stagger=True, factor_interval=jnp.int32(3))
+
+
+# --- early refreshes ----------------------------------------------------------------------------
+
+
+def refreshed(steps, **options):
+    """At which steps the statistics were called for, and at which they changed what."""
+    case = Case(**options)
+    states, _ = case.run(steps)
+    called = [step for step, state in enumerate(states[:-1]) if tekfac.stats_due(state)]
+    changes = {
+        field: [
+            step for step, pair in enumerate(itertools.pairwise(states)) if changed(*pair, field)
+        ]
+        for field in ("psi", "q_psi", "theta_weight")
+    }
+    assert case.traces == 1
+    return called, changes
+
+
+@x64
+def test_early_refreshes_are_at_powers_of_two():
+    intervals = {"factor_interval": 6, "eigenbasis_interval": 12, "rescaling_interval": 3}
+    called, changes = refreshed(26, stagger=False, early_refreshes=True, **intervals)
+    every = {
+        "psi": [0, 1, 2, 4, 6, 12, 18, 24],
+        "q_psi": [0, 1, 2, 4, 8, 12, 24],
+        "theta_weight": [0, 1, 2, *range(3, 26, 3)],
+    }
+    assert changes == every
+    assert called == sorted(set().union(*every.values()))
+    called, changes = refreshed(26, stagger=False, **intervals)
+    assert called == sorted({*range(0, 26, 3)})
+    assert changes["q_psi"] == [0, 12, 24]
+
+
+@x64
+def test_early_refreshes_of_staggered_layers_follow_their_own_first_one():
+    case = Case(early_refreshes=True)
+    offset = offsets(case.layers, *INTERVALS.values())
+    states, _ = case.run(10)
+    for path, own in offset.items():
+        expected = {0, *(own + since for since in (0, 1, 2, 4, 6)), own + 6}
+        found = [
+            step
+            for step, pair in enumerate(itertools.pairwise(states))
+            if path in changed(*pair, "q_psi")
+        ]
+        assert found == sorted(step for step in expected if step < 10), path
+
+
+def test_early_refreshes_change_nothing_where_every_step_is_one():
+    every = {"factor_interval": 1, "eigenbasis_interval": 1, "rescaling_interval": 1}
+    states = [Case(stagger=False, early_refreshes=early, **every).run(4)[0][-1]
+              for early in (False, True)]  # fmt: skip
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, other)

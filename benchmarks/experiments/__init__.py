@@ -10,6 +10,8 @@ ORDER = (
     "ablation_cifar10",
     "defaults_digits",
     "defaults_vggmini_cifar10",
+    "early_digits",
+    "early_resnet8_cifar10",
     "sensitivity_cifar10",
     "table3_cifar10_resnet20",
     "table3_cifar100_resnet20",

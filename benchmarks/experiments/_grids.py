@@ -83,6 +83,24 @@ def intervals(interval: int) -> dict[str, Any]:
     return dict.fromkeys(names, interval)
 
 
+def early_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
+    """TEKFAC with two dampings, each with refreshes every 50 steps, also early ones, every 10."""
+
+    def entry(scale: float, label: str, **changed: Any) -> Entry:
+        fixed = {"damping_scale": scale, **changed}
+        return Entry(f"scale {scale:g}, {label}", "tekfac", {"learning_rate": rates}, fixed)
+
+    return tuple(
+        entry(scale, label, **changed)
+        for scale in (0.3, 1.0)
+        for label, changed in (
+            ("T = 50", intervals(50)),
+            ("T = 50 and early", {**intervals(50), "early_refreshes": True}),
+            ("T = 10", intervals(10)),
+        )
+    )
+
+
 def default_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
     """TEKFAC by the paper's rule for λ, a part of it, shorter intervals, and both."""
 
