@@ -23,8 +23,8 @@ try:
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise ImportError("tekfac_jax.plot needs Matplotlib: pip install matplotlib") from error
+except ImportError as _error:
+    raise ImportError("tekfac_jax.plot needs Matplotlib: pip install matplotlib") from _error
 
 __all__ = ["health", "history", "spectra"]
 
