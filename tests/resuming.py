@@ -64,7 +64,7 @@ class Run:
             yield params, opt_state
 
 
-def _kill_in_the_middle_of_a_save(folder):
+def kill_in_the_middle_of_a_save(folder):
     """SIGKILL as soon as a checkpoint is being written under its temporary name."""
     while not any("tmp" in path.name for path in folder.iterdir()):
         pass
@@ -82,7 +82,7 @@ def train(folder, *, kill):
         for k, after in enumerate(run.go_on(*state, first), first):
             manager.wait_until_finished()
             if kill and k == KILLED_AFTER:
-                threading.Thread(target=_kill_in_the_middle_of_a_save, args=(folder,)).start()
+                threading.Thread(target=kill_in_the_middle_of_a_save, args=(folder,)).start()
             manager.save(k, args=ocp.args.StandardSave(after))
             state = after
         return state

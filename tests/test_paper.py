@@ -5,8 +5,11 @@ import itertools
 import json
 import math
 import shutil
+import signal
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -72,12 +75,16 @@ def noise(key, images):
     return images + 0.1 * jax.random.normal(key, images.shape)
 
 
-@pytest.fixture(scope="module")
-def trainer(task):
+def make_trainer(task):
     """Augmentation, sampled labels and everything that is random in a step."""
     noisy = Task(task.dataset, task.model, task.batch_size, noise)
     settings = {"damping": 1e-3, "factor_interval": 2, "fisher": "sampled"}
     return Trainer(noisy, "tekfac", settings)
+
+
+@pytest.fixture(scope="module")
+def trainer(task):
+    return make_trainer(task)
 
 
 def spec(**changed):
@@ -161,6 +168,44 @@ def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, k
     assert untimed(record) == untimed(whole)
     assert not list((tmp_path / "checkpoints").iterdir())
     assert record["curve"][-1]["seconds"] > record["curve"][0]["seconds"] > 0
+
+
+KILLED = """
+import sys, threading
+from pathlib import Path
+from tests import resuming, test_paper
+
+store = test_paper.runs.Store(Path(sys.argv[1]), checkpoint_every=0.0)
+saved, save = [], store.save
+
+def killed_at_the_second(spec, *args):
+    saved.append(spec)
+    if len(saved) == 2:
+        folder = store._checkpoint(spec)
+        threading.Thread(target=resuming.kill_in_the_middle_of_a_save, args=(folder,)).start()
+    save(spec, *args)
+
+store.save = killed_at_the_second
+task = test_paper.paper.make_task(test_paper.TASK, None)
+test_paper.runs.train(test_paper.spec(), store, lambda: test_paper.make_trainer(task))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of orbax
+def test_run_killed_in_the_middle_of_a_save_continues(tmp_path, trainer, whole, monkeypatch):
+    """By SIGKILL, which nothing can catch: one checkpoint is whole, another is not."""
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert {"1"} < {path.name for path in folder.iterdir()}
+    trained, epoch = [], runs._epoch
+    monkeypatch.setattr(runs, "_epoch", lambda *args: trained.append(1) or epoch(*args))
+    record = runs.train(spec(), runs.Store(tmp_path), lambda: trainer)
+    assert untimed(record) == untimed(whole)
+    assert len(trained) == spec().epochs - 1  # from the first checkpoint
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def slow(now, trainer):
