@@ -55,8 +55,8 @@ def find_layers(
         `Layers`, a frozen and hashable mapping from path to `LayerSpec`.
 
     Raises:
-        ValueError: no layer can be captured, the layers disagree on the batch size, or `norm` is
-            unknown.
+        ValueError: no layer can be captured, the layers disagree on the batch size, `norm` is
+            unknown, or `skip` is no regular expression or matches no layer.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -133,8 +133,8 @@ def value_grad_and_stats(
     Raises:
         ValueError: unknown `reduction`, `mode` or `factors`, `loss_scale` not positive; when
             called: the loss is no scalar, a layer of `layers` is missing, used differently or has
-            another shape, one is called that `find_layers` did not see, batch sizes disagree, or
-            the state does not fit the layers.
+            another shape, there is a layer or a parameter that `find_layers` did not see, batch
+            sizes disagree, or the state does not fit the layers.
 
     Note:
         With train-mode BatchNorm the sum of the statistics' gradients is the batch gradient, but
@@ -200,7 +200,8 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
 
     Raises:
         ValueError: when called: a layer of `layers` is missing, used differently or has another
-            shape, or batch sizes disagree.
+            shape, there is one or a parameter that `find_layers` did not see, or batch sizes
+            disagree.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -243,7 +244,8 @@ def make_slots(
         the shape of its output.
 
     Raises:
-        ValueError: a layer of `layers` is missing, used differently or has another shape.
+        ValueError: a layer of `layers` is missing, used differently or has another shape, or there
+            is one or a parameter that `find_layers` did not see.
 
     Example: see `tap`.
     """

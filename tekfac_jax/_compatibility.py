@@ -108,7 +108,7 @@ def differing_paths(found: Any, expected: Any) -> str:
     """The same for the paths of layers alone."""
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if not found:
-        return "There are no layers in the state: is it that of another optimizer?"
+        return "There are no layers where they should be: is it the state of another optimizer?"
     if missing or extra:
         return f"The state has no layers {missing} and has {extra}, which the network has not."
     return ""

@@ -178,7 +178,7 @@ def as_predicate(skip: Skip) -> Callable[[str], bool]:
     if isinstance(skip, str):
         try:
             pattern = re.compile(skip)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             raise ValueError(
                 f"skip must be a regular expression, which {skip!r} is not: {error}"
             ) from error
@@ -190,10 +190,9 @@ def as_predicate(skip: Skip) -> Callable[[str], bool]:
 
 def check_skip(skip: Skip, findings: Findings) -> None:
     """Raises for a regular expression that leaves nothing out."""
-    parents = {path.rpartition("/")[0] or "~" for path in findings.uncovered}
-    predicate = as_predicate(skip)
-    if isinstance(skip, str) and not any(map(predicate, {*findings.specs, *parents})):
-        raise ValueError(f"skip={skip!r} matches none of the layers: {', '.join(findings.specs)}")
+    paths = {*findings.specs, *(p.rpartition("/")[0] or "~" for p in findings.uncovered)}
+    if isinstance(skip, str) and not any(map(as_predicate(skip), paths)):
+        raise ValueError(f"skip={skip!r} matches none of the layers: {', '.join(sorted(paths))}")
 
 
 def nothing_found(trace: Trace, findings: Findings) -> str:

@@ -85,8 +85,6 @@ def clip_by_kl(
 
 
 def _check_learning_rate(value: Any) -> None:
-    if isinstance(value, Layers):
-        raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
     if not callable(value):
         check_number("learning_rate", value, 0, math.inf, "or an optax schedule; pass η, not −η")
 
@@ -222,6 +220,8 @@ def _ready(
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     check_names(options, ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback"))
+    if isinstance(learning_rate, Layers):
+        raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
     _check_learning_rate(learning_rate)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")

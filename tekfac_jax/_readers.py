@@ -243,7 +243,7 @@ def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:
             and `shard_state`; others may change from one run to the next.
 
     Returns:
-        A sentence: the first difference; or that no step was given statistics; or the first layer
+        A sentence: the first difference; or that no statistics have come; or the first layer
         whose factors are still to be built anew (`restore_state`) or that has fallen back to its
         scaled gradient (`max_failures`). The empty string if there is nothing to say.
 
@@ -291,7 +291,7 @@ def _without_statistics(opt_state: Any) -> str:
         steps = largest(state.count) if all(map(is_known, (state.count, *seen))) else 0
         if steps > 0 and not any(map(largest, seen)):
             return (
-                f"None of the {steps} steps so far was given statistics, and gradients pass as "
+                f"No statistics that count have come so far (step {steps}), and gradients pass as "
                 "they are: pass stats=, the third result of value_grad_and_stats."
             )
     return ""

@@ -14,15 +14,15 @@ _EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
 
 
 def is_due(step: jax.Array, offset: Any, interval: Any, *, early: bool) -> jax.Array:
-    """Whether a refresh is due: once in an interval, and 1, 2, 4, ... steps after the first one.
+    """Whether a refresh is due: once in an interval, with `early` also at step 1, 2, 4, ...
 
-    The latter with `early`, until the second one.
+    The latter within the first interval, whatever the offset: the first statistics, in which all
+    layers share, are those of step 0.
     """
-    since = step - offset
-    due = since % interval == 0
+    due = (step - offset) % interval == 0
     if early:
-        power_of_two = (since > 0) & (since & (since - 1) == 0)
-        due |= power_of_two & (since < interval)
+        power_of_two = (step > 0) & (step & (step - 1) == 0)
+        due |= power_of_two & (step < interval)
     return due
 
 

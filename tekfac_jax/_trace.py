@@ -98,8 +98,8 @@ def _check_no_module(params: Any) -> None:
     nnx = sys.modules.get("flax.nnx")  # nobody has a module of nnx without it
     if nnx is not None and isinstance(params, nnx.Module):
         raise ValueError(
-            "argument 0 is a module of flax.nnx: use the function of the same name in "
-            "tekfac_jax.nnx (from tekfac_jax import nnx as tekfac_nnx)"
+            "argument 0 is a module of flax.nnx: use find_layers, value_grad_and_stats, "
+            "fisher_stats or check_capture of tekfac_jax.nnx"
         )
 
 

@@ -335,10 +335,10 @@ def scale_by_tekfac(
         stagger: spread the refreshes of different layers over the interval, so that no step is much
             longer than the others; the first step with statistics refreshes all of them. Then
             nearly every step uses statistics.
-        early_refreshes: also refresh 1, 2, 4, ... steps after the first one, until the first
-            interval is over: six more refreshes with intervals of 50. Curvature changes fastest
-            in the first steps, and the first batch's alone would serve for a whole interval. Not
-            in the paper; for runs of few intervals (measured in `docs/results.md`).
+        early_refreshes: also refresh at steps 1, 2, 4, ... of the first interval, counted from 0:
+            six more refreshes with intervals of 50. Without, the first batch's curvature serves
+            for a whole interval. Not in the paper; for runs of few intervals (measured in
+            `docs/results.md`).
         max_failures: a layer whose statistics or decompositions are not finite keeps its last good
             curvature; after so many failures of one kind in a row it scales its gradient by
             1 / (mean eigenvalue + λ) instead, until a refresh of that kind succeeds

@@ -269,9 +269,9 @@ def _of_model(
 
 def _split(model: Any) -> Any:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    if not jax.tree.leaves(params):
+    if isinstance(model, nnx.State) or not jax.tree.leaves(params):
         raise ValueError(
-            f"argument 0 has no nnx.Param ({type(model).__name__}): pass the nnx.Module; "
+            f"argument 0 must be an nnx.Module with an nnx.Param, got {type(model).__name__}; "
             "parameters of linen go to the function of the same name in tekfac_jax"
         )
     return graph, params, rest

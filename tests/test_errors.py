@@ -1,6 +1,7 @@
 """Bad input gives an error that names the value, the range and the remedy."""
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -369,7 +370,7 @@ def test_scalar_arrays_within_range_are_options():
     tekfac.tekfac(np.float32(0.1), simple_case()[-1], momentum=jnp.array(0.5), **options)
 
 
-# --- what a newcomer gets wrong ------------------------------------------------------------------
+# --- what is easily got wrong ------------------------------------------------------------------
 
 
 def test_what_has_changed_of_a_layer():
@@ -390,9 +391,11 @@ def test_parameters_that_are_new():
 
     with pytest.raises(ValueError, match=r"not there when find_layers looked: scale\. Call find_"):
         tekfac.value_grad_and_stats(scaled_loss, layers)(scaled, x)
-    one = tekfac.Layers(layers.specs[:1], (("Dense_1/bias", "left out"),))
+    one = dataclasses.replace(layers, specs=layers.specs[:1], uncovered=(("Dense_1/bias", ""),))
     with pytest.raises(ValueError, match=r"find_layers looked: Dense_1/kernel\. Call"):
         tekfac.value_grad_and_stats(loss, one)(params, x)
+    *_, stats = tekfac.value_grad_and_stats(loss, tekfac.Layers(layers.specs[:1]))(params, x)
+    assert list(stats.layers) == ["Dense_0"]  # by hand: whoever chooses knows
 
 
 def test_skip_that_leaves_nothing_out():
@@ -451,7 +454,9 @@ def test_steps_without_statistics():
     _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
     for _ in range(2):
         _, state = tx.update(grads, state, params)
-    assert tekfac.check_state(state, layers).startswith("None of the 2 steps so far was given stat")
+    assert tekfac.check_state(state, layers).startswith(
+        "No statistics that count have come so far (step 2)"
+    )
     jax.jit(lambda state: tekfac.check_state(state, layers) or state)(state)
     _, state = tx.update(grads, state, params, stats=stats)
     assert tekfac.check_state(state, layers) == ""
@@ -464,5 +469,7 @@ def test_modules_and_parameters_where_the_other_belongs():
         ValueError, match=r"argument 0 is a module of flax.nnx: use .*tekfac_jax.nnx"
     ):
         tekfac.find_layers(lambda model, x: model(x).sum(), model, x)
-    with pytest.raises(ValueError, match=r"no nnx.Param \(dict\): pass the nnx.Module; parameters"):
+    with pytest.raises(ValueError, match=r"must be an nnx.Module with an nnx.Param, got dict; par"):
         tekfac_nnx.find_layers(loss, params, x)
+    with pytest.raises(ValueError, match=r"must be an nnx.Module with an nnx.Param, got State;"):
+        tekfac_nnx.find_layers(lambda model, x: model(x).sum(), nnx.state(model), x)
