@@ -1,6 +1,7 @@
 """What a type checker says of a user's program in strict mode, and of the public types."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -103,9 +104,13 @@ def test_a_wrong_program(complaints):
 
 def test_every_public_type_is_known():
     """Of all that users may import, parameters and results, as `py.typed` promises."""
-    command = [str(pathlib.Path(sys.executable).with_name("pyright"))]
-    command += ["--pythonpath", sys.executable, "--verifytypes", "tekfac_jax", "--ignoreexternal"]
-    ended = subprocess.run([*command, "--outputjson"], cwd=ROOT, capture_output=True, text=True)
+    tools = pathlib.Path(sys.executable).parent
+    command = [str(tools / "pyright"), "--verifytypes", "tekfac_jax", "--ignoreexternal"]
+    # The package is looked for by the first interpreter of the path, whatever --pythonpath says.
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    ended = subprocess.run(
+        [*command, "--outputjson"], env=os.environ | {"PATH": path}, capture_output=True, text=True
+    )
     found = json.loads(ended.stdout)["typeCompleteness"]
     public = [symbol for symbol in found["symbols"] if symbol["isExported"]]
     assert len(public) > 50
