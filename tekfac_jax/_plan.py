@@ -117,8 +117,6 @@ def _changes(old: LayerSpec, new: LayerSpec) -> str:
 
 def _check_nothing_new(findings: Findings, layers: Layers) -> None:
     """Raises for what find_layers has not seen, or would have covered had it been called then."""
-    if layers.batch_size is None:  # a choice of layers that was made by hand
-        return
     reasons = dict(layers.uncovered)
     unknown = findings.uncovered.keys() - reasons.keys()
     unknown |= {
@@ -126,7 +124,8 @@ def _check_nothing_new(findings: Findings, layers: Layers) -> None:
         for path, spec in findings.specs.items()
         if path not in layers and parameter_path(path, spec.kernel_name) not in reasons
     }
-    if unknown:
+    # Layers that were chosen by hand need not list the others.
+    if unknown and layers.batch_size is not None:
         raise ValueError(
             f"argument 0 has parameters that were not there when find_layers looked: "
             f"{', '.join(sorted(unknown))}. Call find_layers again."

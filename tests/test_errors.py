@@ -396,6 +396,9 @@ def test_parameters_that_are_new():
         tekfac.value_grad_and_stats(loss, one)(params, x)
     *_, stats = tekfac.value_grad_and_stats(loss, tekfac.Layers(layers.specs[:1]))(params, x)
     assert list(stats.layers) == ["Dense_0"]  # by hand: whoever chooses knows
+    unseen = (("Dense_1/kernel", "no supported layer was seen to use it as its own"),)
+    with pytest.raises(ValueError, match="'Dense_1' is called here, but was not when find_layers"):
+        tekfac.value_grad_and_stats(loss, tekfac.Layers(layers.specs[:1], unseen))(params, x)
 
 
 def test_skip_that_leaves_nothing_out():

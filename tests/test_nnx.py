@@ -80,6 +80,14 @@ def test_numbers_are_those_of_linen():
     nnx_layers = tekfac.nnx.find_layers(nnx_loss, model, ids)
     assert dict(nnx_layers) == dict(layers)
     assert dict(nnx_layers.uncovered) == dict(layers.uncovered)
+    averages = np.array(model.norm.mean[...])
+    errors = tekfac.nnx.check_capture(nnx_loss, nnx_layers, model, ids)
+    assert errors == tekfac.nnx.check_capture(
+        lambda model, ids: (nnx_loss(model, ids), ids), nnx_layers, model, ids, has_aux=True
+    )
+    assert errors.keys() == dict(layers).keys()
+    assert max(errors.values()) <= 1e-4
+    np.testing.assert_array_equal(model.norm.mean[...], averages)
     step = nnx.jit(tekfac.nnx.value_grad_and_stats(nnx_loss, nnx_layers))
     nnx_value, nnx_grads, nnx_stats = step(model, ids)
     assert relative_error(nnx_value, value) <= SINGLE

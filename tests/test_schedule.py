@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import tekfac_jax as tekfac
 from tekfac_jax._schedule import _costs, offsets
 from tests.capturing import EXACT, Net, losses_of, randn, random_params, relative_error, x64
+from tests.oracles import SCALE_BY
 from tests.test_sharing import Network, layers_of, mesh_of, needs_devices
 
 INTERVALS = {"factor_interval": 3, "eigenbasis_interval": 6, "rescaling_interval": 3}
@@ -100,9 +101,15 @@ def test_it_continues_where_it_was():
 @needs_devices
 @x64
 @pytest.mark.timeout(240)
-def test_on_a_mesh_it_is_one_device():
-    options = {"stagger": True, "factor_interval": 2, "rescaling_interval": 2,
-               "eigenbasis_interval": 4}  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stagger": True, "factor_interval": 2, "rescaling_interval": 2, "eigenbasis_interval": 4},
+        {"early_refreshes": True, **dict.fromkeys(INTERVALS, 6)},
+    ],
+    ids=["staggered", "early"],
+)
+def test_on_a_mesh_it_is_one_device(options):
     network = Network(**options)
     errors = jax.tree.map(
         relative_error, network.on_mesh(mesh_of(4), steps=6), network.on_one_device(6)
@@ -190,3 +197,45 @@ def test_early_refreshes_of_staggered_layers_are_at_the_same_steps():
             if path in changed(*pair, "q_psi")
         ]
         assert found == sorted(expected), path
+
+
+class Cell(nn.Module):
+    """A layer that a scan stacks."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(4)(x)), None
+
+
+@x64
+@pytest.mark.parametrize("member", SCALE_BY)
+def test_early_refreshes_of_stacked_layers_and_reduced_statistics(member):
+    """Every member; the statistics are contracted only where they are called for."""
+    scanned = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+    model, x = Net(lambda x: nn.Dense(3)(scanned(name="stack")(x, None)[0])), randn(7, 5, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    layers = tekfac.find_layers(loss, params, x)
+    assert {spec.lead for spec in layers.values()} == {(2,), ()}
+    tx = SCALE_BY[member](layers, damping=0.1, early_refreshes=True, **dict.fromkeys(INTERVALS, 6))
+    factors = "plain" if member in ("ekfac", "kfac") else "exact"
+    grad_fn = tekfac.value_grad_and_stats(loss, layers, mode="reduced", factors=factors)
+
+    @jax.jit
+    def step(state, x):
+        due = tekfac.stats_due(state)
+        _, grads, stats = grad_fn(params, x, opt_state=state, when=due)
+        return tx.update(grads, state, params, stats=stats)[1], due
+
+    state, found, called = tx.init(params), {path: [] for path in layers}, []
+    for number in range(9):
+        before = state
+        state, due = step(state, x * (1 + number))
+        called += [number] if due else []
+        for path in changed(before, state, "psi"):
+            found[path].append(number)
+    assert called == [0, 1, 2, 4, 6]
+    assert found == {path: called for path in layers}
