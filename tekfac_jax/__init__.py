@@ -2,7 +2,7 @@
 
 from tekfac_jax._capture import find_layers, make_slots, tap, value_grad_and_stats
 from tekfac_jax._check import check_capture
-from tekfac_jax._devices import DevicePlan, Share, device_plan
+from tekfac_jax._devices import DevicePlan, Assignment, device_plan
 from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
 from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
 from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
@@ -17,7 +17,7 @@ from tekfac_jax._readers import (
 from tekfac_jax._reduced import Reduced, ReducedStatistics
 from tekfac_jax._restore import restore_state, without_factors
 from tekfac_jax._sharding import opt_state_sharding
-from tekfac_jax._state import ClipByKlState, LayerState, Meaning, ScaleByTekfacState
+from tekfac_jax._state import ClipByKlState, LayerState, StateKind, ScaleByTekfacState
 from tekfac_jax._steps import step_diagnostics
 from tekfac_jax._transform import (
     scale_by_ekfac,
@@ -41,11 +41,11 @@ __all__ = [
     "LayerState",
     "Layers",
     "Likelihood",
-    "Meaning",
+    "StateKind",
     "Reduced",
     "ReducedStatistics",
     "ScaleByTekfacState",
-    "Share",
+    "Assignment",
     "Statistics",
     "TrainState",
     "check_capture",

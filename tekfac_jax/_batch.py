@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from tekfac_jax._checks import check_number
-from tekfac_jax._contract import Factors
+from tekfac_jax._contract import FactorKind
 from tekfac_jax._layers import (
     Capture,
     Layers,
@@ -119,7 +119,7 @@ def sampled(
 def check_reduced(
     stats: ReducedStatistics,
     layers: Layers,
-    factors: Factors,
+    factors: FactorKind,
     theta: Mapping[str, tuple[int, ...]] | None,
 ) -> None:
     """Raises if reduced statistics are not what a transformation needs.

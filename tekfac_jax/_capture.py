@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tekfac_jax._checks import check_choice, check_flag, check_function, check_number
-from tekfac_jax._contract import Factors
+from tekfac_jax._contract import FactorKind
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
 from tekfac_jax._judge import Skip, as_predicate, check_skip, judge, nothing_found
 from tekfac_jax._layers import Layers, check_layers, join_path
@@ -90,7 +90,7 @@ def value_grad_and_stats(
     loss_scale: float | jax.Array = 1.0,
     examples: float | jax.Array | None = None,
     mode: Mode = "raw",
-    factors: Factors = "exact",
+    factors: FactorKind = "exact",
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` over argument 0 that also returns curvature statistics.
 

@@ -10,7 +10,7 @@ from tekfac_jax._capture import value_grad_and_stats
 from tekfac_jax._chunks import sum_over_examples
 from tekfac_jax._contract import gradient_of
 from tekfac_jax._layers import Layers, at_least_float32
-from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._pytrees import to_matrices
 
 
 def check_capture(
@@ -59,7 +59,7 @@ def check_capture(
     def errors(params: Any) -> dict[str, jax.Array]:
         fn = value_grad_and_stats(loss_fn, layers, has_aux=has_aux)
         _, grads, stats = fn(params, *args, **kwargs)
-        gradients = gather_matrices(grads, layers)
+        gradients = to_matrices(grads, layers)
         # The captures and the gradient are of the same, divided loss.
         one = jnp.ones_like(stats.scale)
         found = {}

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from tekfac_jax._state import (
     STATE_VERSION,
     LayerState,
-    Meaning,
+    StateKind,
     ScaleByTekfacState,
     is_folded,
 )
@@ -34,7 +34,7 @@ def is_integer(x: Any) -> bool:
     return str(getattr(x, "dtype", type(x).__name__)).startswith(("int", "bool"))
 
 
-def version_of(meaning: Meaning | None) -> int:
+def version_of(meaning: StateKind | None) -> int:
     """Version of a state's layout; states of version 0 did not say so."""
     return 0 if meaning is None else int(largest(meaning.version))
 
@@ -60,15 +60,15 @@ def not_a_state(found: Any) -> str:
             return f"its layer {path!r} is a {type(layer).__name__} instead of a LayerState."
         if broken := _not_a_layer(path, layer):
             return broken
-    if not isinstance(found.meaning, Meaning | None):
-        return f"its meaning is a {type(found.meaning).__name__} instead of a Meaning."
+    if not isinstance(found.meaning, StateKind | None):
+        return f"its meaning is a {type(found.meaning).__name__} instead of a StateKind."
     for name, value in (found.meaning or _UNSAID)._asdict().items():
         if not is_integer(value) or 0 in np.shape(value):
             return f"{name!r} of its meaning is {value!r} instead of a number or a boolean."
     return ""
 
 
-_UNSAID = Meaning(0, False, False, False, False)  # what a state of version 0 means
+_UNSAID = StateKind(0, False, False, False, False)  # what a state of version 0 means
 
 
 # What may be None: of an embedding, without factors, and in a state of version 0.
@@ -157,7 +157,7 @@ def _of_paths(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
     return differing_paths(found.layers, expected.layers)
 
 
-def _of_meaning(found: Meaning | None, expected: Meaning | None) -> str:
+def _of_meaning(found: StateKind | None, expected: StateKind | None) -> str:
     if found is None or expected is None or not all(map(is_known, (*found, *expected))):
         return ""
     if describe(found) == describe(expected):
@@ -168,7 +168,7 @@ def _of_meaning(found: Meaning | None, expected: Meaning | None) -> str:
     )
 
 
-def describe(meaning: Meaning) -> str:
+def describe(meaning: StateKind) -> str:
     """The member of the family and the options that give the averages their meaning."""
     plain, measured, location, running = (bool(largest(x)) for x in meaning[1:])
     name = {(True, False): "KFAC", (True, True): "EKFAC", (False, False): "TKFAC"}

@@ -12,13 +12,13 @@ from tekfac_jax._chunks import Contraction, positions_of
 from tekfac_jax._layers import Capture, LayerSpec, keeps_all
 from tekfac_jax._statistics import Rescaling
 
-Factors = Literal["exact", "location", "plain"]
+FactorKind = Literal["exact", "location", "plain"]
 
 _FORMED = 2**24  # numbers that the G_n of a batch may take up
 FORMED_IN_ALL = 2**27  # and those of all layers, where they are kept at the same time
 
 
-def factors_of(spec: LayerSpec, kind: Factors) -> Contraction:
+def factors_of(spec: LayerSpec, kind: FactorKind) -> Contraction:
     """The two factors of a layer: exact or location (Φ and Ψ), or plain (A and U)."""
     return _contractions_of(spec)[kind]
 

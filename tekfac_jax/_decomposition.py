@@ -28,7 +28,7 @@ _PROBES = 4  # random directions in which eigenvectors that are missing are look
 Method = Literal["eigh", "subspace", "auto"]
 
 
-def is_updated(dim: int, rank: int, method: Method) -> bool:
+def starts_from_old_basis(dim: int, rank: int, method: Method) -> bool:
     """Whether the basis before is of use: where `eigh` of all `dim` is not as cheap."""
     if dim <= SMALL or method == "eigh":
         return False

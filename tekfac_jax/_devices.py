@@ -21,7 +21,7 @@ from tekfac_jax._layers import Layers, LayerSpec, Statistics, check_layers
 _MOST_DEVICES = 2**20  # a plan lists them
 
 
-class Share(NamedTuple):
+class Assignment(NamedTuple):
     """One eigendecomposition.
 
     Attributes:
@@ -45,17 +45,17 @@ class DevicePlan:
 
     Attributes:
         devices: how many there are.
-        shares: every eigendecomposition, the largest first.
+        assignments: every eigendecomposition, the largest first.
     """
 
     devices: int
-    shares: tuple[Share, ...]
+    assignments: tuple[Assignment, ...]
 
     @property
     def loads(self) -> tuple[int, ...]:
         """For each device the sum of dim³ of its decompositions."""
         loads = [0] * self.devices
-        for share in self.shares:
+        for share in self.assignments:
             loads[share.device] += share.dim**3
         return tuple(loads)
 
@@ -70,26 +70,26 @@ class DevicePlan:
 
         Of any k·devices + 1 of them some k + 1 meet on one device.
         """
-        cubes = sorted((share.dim**3 for share in self.shares), reverse=True)
+        cubes = sorted((share.dim**3 for share in self.assignments), reverse=True)
         meeting = [(k + 1) * cube for k, cube in enumerate(cubes[:: self.devices])]
         return max(1.0, max(meeting, default=0) * self.devices / max(1, sum(cubes)))
 
     def owners(self, path: str, side: str) -> np.ndarray:
         """The device for each of a layer's decompositions of one side."""
-        own = [share for share in self.shares if (share.path, share.side) == (path, side)]
+        own = [share for share in self.assignments if (share.path, share.side) == (path, side)]
         return np.array([share.device for share in sorted(own, key=lambda share: share.which)])
 
     def __repr__(self) -> str:
         lines = ["device  share  decompositions"]
         total = max(1, sum(self.loads))
         for device, load in enumerate(self.loads):
-            own = [share.dim for share in self.shares if share.device == device]
+            own = [share.dim for share in self.assignments if share.device == device]
             dims = ", ".join(
                 f"{len(list(same))}×{dim}" for dim, same in itertools.groupby(sorted(own)[::-1])
             )
             lines.append(f"{device:6}  {load / total:5.1%}  {dims}".rstrip())
         lines.append(
-            f"{len(self.shares)} decompositions; largest load over the mean {self.balance:.2f}, "
+            f"{len(self.assignments)} decompositions; largest load over the mean {self.balance:.2f}, "
             f"at best {self.bound:.2f}"
         )
         return "\n".join(lines)
@@ -143,7 +143,7 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
     for dim, path, side, index in work:
         device = loads.index(min(loads))
         loads[device] += dim**3
-        shares.append(Share(path, side, index, dim, device))
+        shares.append(Assignment(path, side, index, dim, device))
     return DevicePlan(devices, tuple(shares))
 
 

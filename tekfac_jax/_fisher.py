@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._checks import check_choice, check_flag, check_function, check_key, check_number
-from tekfac_jax._contract import Factors
+from tekfac_jax._contract import FactorKind
 from tekfac_jax._gather import Gatherer, Mode, gathering_function
 from tekfac_jax._layers import Layers, LayerSpec, check_layers
 from tekfac_jax._plan import batch_plan
@@ -111,7 +111,7 @@ def fisher_stats(
     estimator: Estimator = "sampled",
     has_aux: bool = False,
     mode: Mode = "raw",
-    factors: Factors = "exact",
+    factors: FactorKind = "exact",
 ) -> Callable[..., Any]:
     """Curvature statistics from labels that the model itself predicts.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._checks import check_choice, check_condition
-from tekfac_jax._contract import Factors
+from tekfac_jax._contract import FactorKind
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._plan import Captures, Plan
 from tekfac_jax._readers import bases_in
@@ -40,7 +40,7 @@ Gatherer = Callable[[Plan, jax.Array, jax.Array], Raw | Reduction]
 
 
 def gathering_function(
-    gather: Callable[[Gatherer, Any, Any, Any], Any], layers: Layers, mode: Mode, factors: Factors
+    gather: Callable[[Gatherer, Any, Any, Any], Any], layers: Layers, mode: Mode, factors: FactorKind
 ) -> Callable[..., Any]:
     """A function of (params, *args, **kwargs); reduced statistics take two further arguments.
 
@@ -54,7 +54,7 @@ def gathering_function(
         ValueError: unknown `mode` or `factors`.
     """
     check_choice("mode", mode, get_args(Mode))
-    check_choice("factors", factors, get_args(Factors))
+    check_choice("factors", factors, get_args(FactorKind))
 
     def raw(params: Any, *args: Any, **kwargs: Any) -> Any:
         return gather(Raw, params, args, kwargs)

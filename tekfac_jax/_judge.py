@@ -18,7 +18,7 @@ UNSEEN = "no supported layer was seen to use it as its own"
 Skip = str | Callable[[str], bool] | None
 
 
-class Use(NamedTuple):
+class CapturedCall(NamedTuple):
     """One call of a layer that is captured."""
 
     slot: int  # which of the slots of a replay is its
@@ -28,14 +28,14 @@ class Use(NamedTuple):
 
 class Findings(NamedTuple):
     specs: dict[str, LayerSpec]
-    covered: dict[str, list[Use]]
+    covered: dict[str, list[CapturedCall]]
     uncovered: dict[str, str]  # parameter path -> reason
     homeless: list[str]  # layers whose kernel is no leaf of argument 0
 
 
 def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     """Decides for each layer whether it is captured, and why not."""
-    found: dict[str, list[tuple[Use, LayerSpec | str]]] = {}
+    found: dict[str, list[tuple[CapturedCall, LayerSpec | str]]] = {}
     leaves: dict[str, set[int]] = {}
     reasons: dict[int, str] = {}
     seen = {occurrence.number for occurrence in trace.usage.occurrences}
@@ -46,7 +46,7 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
     for occurrence in trace.usage.occurrences:
         call = trace.record.calls[occurrence.number]
         verdict = _verdict(call, occurrence, trace)
-        use = Use(-1 if occurrence.inside else next(slots), occurrence, call)
+        use = CapturedCall(-1 if occurrence.inside else next(slots), occurrence, call)
         marks = occurrence.marks
         kernel = marks["kernel"].leaf if "kernel" in marks else None
         if kernel is None:
@@ -58,7 +58,7 @@ def judge(trace: Trace, skip: Callable[[str], bool]) -> Findings:
         leaves.setdefault(path, set()).update(parameters)
 
     specs: dict[str, LayerSpec] = {}
-    covered: dict[str, list[Use]] = {}
+    covered: dict[str, list[CapturedCall]] = {}
     for path, uses in found.items():
         verdict = _joint_verdict(path, [v for _, v in uses], leaves[path], trace, skip)
         if isinstance(verdict, str):

@@ -12,7 +12,7 @@ from tekfac_jax._checks import check_number, check_transformation
 from tekfac_jax._damping import follows_trace, kl_factor
 from tekfac_jax._layers import Layers
 from tekfac_jax._options import also_arguments_of, check_names, same_arguments_as
-from tekfac_jax._pytrees import captured_mask, gather_matrices, layer_path
+from tekfac_jax._pytrees import captured_mask, to_matrices, layer_path
 from tekfac_jax._readers import search
 from tekfac_jax._state import ClipByKlState, ScaleByTekfacState, is_valid
 from tekfac_jax._transform import (
@@ -195,7 +195,7 @@ def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
 
 def _check_gradient(updates: Any, layers: Layers) -> None:
     """Raises for a gradient that does not fit, over which optax would stumble."""
-    found = gather_matrices(updates, layers)
+    found = to_matrices(updates, layers)
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)

@@ -21,8 +21,8 @@ from tekfac_jax._layers import check_layers
 from tekfac_jax._state import BasisRank
 
 Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
-FactorKind = Literal["exact", "location"]
-Rescaling = Literal["exact", "running"]
+FactorChoice = Literal["exact", "location"]
+RescalingChoice = Literal["exact", "running"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,9 +47,9 @@ class Options(NamedTuple):
     damping_scale: Number = 1.0
     fc_damping: FcDamping = "beta"
     damping_form: DampingForm = "exact"
-    factors: FactorKind = "exact"
-    rescaling: Rescaling = "exact"
-    rescaling_examples: int | None = None
+    factors: FactorChoice = "exact"
+    rescaling: RescalingChoice = "exact"
+    statistics_examples: int | None = None
     basis_rank: BasisRank = None
     max_dim: int | None = None
     eigenbasis: Method = "auto"
@@ -113,14 +113,14 @@ def validate(layers: Any, options: Options, *, measured: bool) -> Options:
     _check_axis_name(options.axis_name)
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
     _check_damping_form(options, measured)
-    check_choice("factors", options.factors, get_args(FactorKind))
-    check_choice("rescaling", options.rescaling, get_args(Rescaling))
+    check_choice("factors", options.factors, get_args(FactorChoice))
+    check_choice("rescaling", options.rescaling, get_args(RescalingChoice))
     max_failures = as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
     if not isinstance(max_failures, Tracer):
         _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
     _check_count(
-        "rescaling_examples",
-        options.rescaling_examples,
+        "statistics_examples",
+        options.statistics_examples,
         "how many examples factors and Θ are taken from",
         "all",
     )

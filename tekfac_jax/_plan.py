@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tekfac_jax._judge import UNSEEN, Findings, Use, judge, scans_of
+from tekfac_jax._judge import UNSEEN, Findings, CapturedCall, judge, scans_of
 from tekfac_jax._layers import Capture, Layers, LayerSpec, parameter_path, zeros_like
 from tekfac_jax._replay import Tag, capture
 from tekfac_jax._trace import Trace, trace_layers
@@ -20,13 +20,13 @@ class Plan(NamedTuple):
     """A traced function, and which of its layer calls fills which slot."""
 
     trace: Trace
-    uses: dict[str, list[Use]]
+    uses: dict[str, list[CapturedCall]]
     batch_size: int
 
     def slots(self) -> Captures:
         """Zeros of the shapes of what will be captured: [*stack, N, *repeats, ...]."""
 
-        def slot(use: Use) -> Capture:
+        def slot(use: CapturedCall) -> Capture:
             lead = (*use.occurrence.scans, *use.occurrence.marks["end"].vmapped)
             axes = _repeated_axes(use.occurrence)
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     def captures(self, path: str, slots: Sequence[Capture]) -> list[Tag]:
         """The tags that capture all calls of one layer."""
 
-        def tag(use: Use, slot: Capture) -> Tag:
+        def tag(use: CapturedCall, slot: Capture) -> Tag:
             to, source = _repeated_axes(use.occurrence)
             return Tag(capture, Capture(*(jnp.moveaxis(x, source, to) for x in slot)))
 
@@ -60,7 +60,7 @@ class Plan(NamedTuple):
                 in_order[use.slot] = tag
         return self.trace.run(params, in_order)
 
-    def call_of(self, path: str) -> Use | None:
+    def call_of(self, path: str) -> CapturedCall | None:
         """The one call of a layer; None if it is called, or a scan repeats it, several times."""
         use, *more = self.uses[path]
         repeated, _ = _repeated_axes(use.occurrence)
@@ -140,7 +140,7 @@ def _check_nothing_new(findings: Findings, layers: Layers) -> None:
             )
 
 
-def common_batch_size(covered: Mapping[str, list[Use]]) -> int:
+def common_batch_size(covered: Mapping[str, list[CapturedCall]]) -> int:
     """The leading axis of the layers' inputs; raises if they disagree."""
     sizes = {(path, use.call.input.shape[0]) for path, uses in covered.items() for use in uses}
     if len({size for _, size in sizes}) > 1:

@@ -19,7 +19,7 @@ from tekfac_jax._layers import (
 )
 
 
-def gather_matrices(grads: Any, layers: Layers) -> dict[str, jax.Array]:
+def to_matrices(grads: Any, layers: Layers) -> dict[str, jax.Array]:
     """The gradient of each layer as a matrix; layers that are masked out are left out.
 
     Args:
@@ -38,7 +38,7 @@ def gather_matrices(grads: Any, layers: Layers) -> dict[str, jax.Array]:
     return matrices
 
 
-def scatter_matrices(grads: Any, layers: Layers, matrices: dict[str, jax.Array]) -> Any:
+def from_matrices(grads: Any, layers: Layers, matrices: dict[str, jax.Array]) -> Any:
     """`grads` with the parameters of the layers in `matrices` replaced."""
     new = {}
     for path, matrix in matrices.items():

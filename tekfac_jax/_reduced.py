@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from tekfac_jax._chunks import sum_over_examples
-from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._contract import FactorKind, factors_of, rescaling_of
 from tekfac_jax._layers import Capture, LayerSpec, at_least_float32, replace, zeros_like
-from tekfac_jax._plan import Plan, Use
+from tekfac_jax._plan import Plan, CapturedCall
 from tekfac_jax._replay import Rule, Tag
 
 
@@ -44,7 +44,7 @@ class ReducedStatistics:
 
     layers: dict[str, Reduced]
     examples: jax.Array
-    factors: Factors = dataclasses.field(metadata={"static": True})
+    factors: FactorKind = dataclasses.field(metadata={"static": True})
 
 
 class Basis(NamedTuple):
@@ -63,7 +63,7 @@ class _Slot(NamedTuple):
 
 def reduce(
     spec: LayerSpec,
-    factors: Factors,
+    factors: FactorKind,
     captures: tuple[Capture, ...],
     basis: Basis | None,
     scale: jax.Array,
@@ -84,7 +84,7 @@ def reduce(
     return lax.cond(when, contract, lambda: jax.tree.map(zeros_like, nothing))
 
 
-def _contracting(spec: LayerSpec, factors: Factors, use: Use) -> Rule:
+def _contracting(spec: LayerSpec, factors: FactorKind, use: CapturedCall) -> Rule:
     """The rule that hands out the sums of a call that is a layer's only one."""
     vmapped = use.occurrence.marks["end"].vmapped
     # Of the stack a call inside a scan sees one layer; what vmap stacks it sees as a whole.
@@ -116,7 +116,7 @@ class Reduction(NamedTuple):
 
     plan: Plan
     specs: Mapping[str, LayerSpec]
-    factors: Factors
+    factors: FactorKind
     bases: Mapping[str, Basis] | None
     scale: jax.Array
     examples: jax.Array  # that count
@@ -178,7 +178,7 @@ class Reduction(NamedTuple):
         rows = i if basis.q_phi is None else basis.q_phi.shape[-1]
         return Reduced(phi, zeros(o, o), zeros(rows, basis.q_psi.shape[-1]), zeros())
 
-    def _slot(self, path: str, zeros: Reduced, use: Use) -> _Slot:
+    def _slot(self, path: str, zeros: Reduced, use: CapturedCall) -> _Slot:
         scans = use.occurrence.scans
         scale, when = (jnp.broadcast_to(x, scans) for x in (self.scale, self.when))
         return _Slot(zeros, self._basis(path), scale, when)

@@ -14,16 +14,16 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._batch import Batch
-from tekfac_jax._contract import FORMED_IN_ALL, Factors, numbers_formed_once
-from tekfac_jax._decomposition import Method, eigenvectors, is_updated, updated_eigenvectors
+from tekfac_jax._contract import FORMED_IN_ALL, FactorKind, numbers_formed_once
+from tekfac_jax._decomposition import Method, eigenvectors, starts_from_old_basis, updated_eigenvectors
 from tekfac_jax._devices import Devices
 from tekfac_jax._eigenbasis import eigenvalues_in, rotate, trace, transport
 from tekfac_jax._layers import LayerSpec, keeps_all, zeros_like
 from tekfac_jax._options import Number, Options
 from tekfac_jax._schedule import is_due
 from tekfac_jax._sources import Captured, Formed, Source
-from tekfac_jax._stacked import by_shape, is_stacked
-from tekfac_jax._state import KINDS, LayerState, debiased, for_each, unit_trace
+from tekfac_jax._stacked import by_shape, batches_equal_shapes
+from tekfac_jax._state import KINDS, LayerState, debiased, expand_lead, unit_trace
 
 # Of what `LayerState.failed_in_a_row` counts.
 _FACTORS, _EIGENBASIS, _RESCALING = range(KINDS)
@@ -53,7 +53,7 @@ class Tools(NamedTuple):
 
         def run(layer: LayerState) -> LayerState:
             new = function(layer)
-            return jax.tree.map(lambda x, y: jnp.where(for_each(due, x), x, y), new, layer)
+            return jax.tree.map(lambda x, y: jnp.where(expand_lead(due, x), x, y), new, layer)
 
         return lax.cond(
             jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
@@ -63,7 +63,7 @@ class Tools(NamedTuple):
         return is_due(self.step, self.offset, interval, early=self.options.early_refreshes)
 
     @property
-    def kind_of_factors(self) -> Factors:
+    def kind_of_factors(self) -> FactorKind:
         return kind_of_factors(self.member, self.options)
 
 
@@ -71,7 +71,7 @@ def _mean(total: Any, examples: jax.Array) -> Any:
     return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
 
 
-def kind_of_factors(member: Member, options: Options) -> Factors:
+def kind_of_factors(member: Member, options: Options) -> FactorKind:
     """Which factors a member of the family keeps."""
     return "plain" if member.plain else options.factors
 
@@ -100,7 +100,7 @@ def update_layers(
 
 def _in_stages(tools: Mapping[str, Tools]) -> bool:
     first = next(iter(tools.values()))
-    return first.devices.plan is not None or (is_stacked() and not first.options.stagger)
+    return first.devices.plan is not None or (batches_equal_shapes() and not first.options.stagger)
 
 
 def _formed_once(
@@ -269,7 +269,7 @@ def _basis_of(
     factor: jax.Array, old: jax.Array, valid: jax.Array, mine: jax.Array | None, method: Method
 ) -> jax.Array:
     dim, rank = old.shape[-2:]
-    if is_updated(dim, rank, method):
+    if starts_from_old_basis(dim, rank, method):
         return updated_eigenvectors(factor, old, valid, mine)
     return eigenvectors(factor, mine)[..., dim - rank :]
 
@@ -281,7 +281,7 @@ def _adopt(layer: LayerState, q_phi: Any, q_psi: jax.Array) -> LayerState:
     # What is not finite in Q is not in Θ either: each of its numbers meets every column's.
     ok = jnp.isfinite(jnp.sum(moved[0], axis=(-2, -1)))
     (q_phi, q_psi), (theta, rest) = jax.tree.map(
-        lambda x, y: jnp.where(for_each(ok, x), x, y),
+        lambda x, y: jnp.where(expand_lead(ok, x), x, y),
         (new, moved),
         (old, (layer.theta, layer.rest)),
     )
@@ -341,7 +341,7 @@ def _eigenvalue_product(tools: Tools, layer: LayerState) -> LayerState:
     lambda_phi = eigenvalues_in(unit_trace(layer.phi, layer.q_phi), layer.q_phi)
     lambda_psi = eigenvalues_in(unit_trace(layer.psi, layer.q_psi), layer.q_psi)
     product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
-    product = for_each(layer.delta, product) * product
+    product = expand_lead(layer.delta, product) * product
     rest = _rest(tools, layer.delta, product)
     return layer._replace(theta=product, rest=rest, theta_weight=jnp.ones_like(layer.theta_weight))
 
@@ -380,4 +380,4 @@ def _noted(layer: LayerState, kind: int, ok: jax.Array) -> dict[str, jax.Array]:
 def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:
     """X ← βX + (1−β)X_new, or X where the new value cannot be used."""
     beta = jnp.asarray(beta, old.dtype)
-    return jnp.where(for_each(ok, old), beta * old + (1 - beta) * new, old)
+    return jnp.where(expand_lead(ok, old), beta * old + (1 - beta) * new, old)

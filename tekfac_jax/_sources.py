@@ -8,7 +8,7 @@ from jax import lax
 
 from tekfac_jax import _statistics
 from tekfac_jax._chunks import chunk_size_of, map_over_examples, sum_in_chunks, sum_over_examples
-from tekfac_jax._contract import Factors, factors_of, rescaling_of
+from tekfac_jax._contract import FactorKind, factors_of, rescaling_of
 from tekfac_jax._layers import Capture, LayerSpec, keeps_all, zeros_like
 from tekfac_jax._reduced import Reduced
 from tekfac_jax._state import LayerState
@@ -21,7 +21,7 @@ class Captured(NamedTuple):
     scale: jax.Array
     examples: jax.Array  # over all devices
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
         """Sums over examples: δΦ and δΨ."""
         return self._total(factors_of(spec, kind), spec, layer)
 
@@ -51,7 +51,7 @@ class Formed(NamedTuple):
     g: jax.Array  # (*lead, n, i, o)
     examples: jax.Array  # over all devices
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
         """The same as of `Captured`; only exact factors come from G_n."""
         del layer
         assert kind == "exact"
@@ -80,7 +80,7 @@ class Summed(NamedTuple):
     reduced: Reduced
     examples: jax.Array  # over all devices; 0: nothing was contracted
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: Factors) -> Any:
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
         """The same as of `Captured`, contracted already."""
         del spec, kind
         dtype = layer.theta.dtype

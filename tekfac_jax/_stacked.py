@@ -11,7 +11,7 @@ from tekfac_jax._chunks import on_cpu
 _Key = TypeVar("_Key")
 
 
-def is_stacked() -> bool:
+def batches_equal_shapes() -> bool:
     """On CPU one after another is as fast, and compiles sooner."""
     return not on_cpu()
 
@@ -32,7 +32,7 @@ def by_shape(
     for key, values in arguments.items():
         leaves, structure = jax.tree.flatten(values)
         shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        groups.setdefault((structure, shapes) if is_stacked() else key, []).append(key)
+        groups.setdefault((structure, shapes) if batches_equal_shapes() else key, []).append(key)
     found: dict[_Key, Any] = {}
     for keys in groups.values():
         if len(keys) == 1:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from tekfac_jax._decomposition import SMALL
 from tekfac_jax._eigenbasis import trace
-from tekfac_jax._folding import fold as fold_array
-from tekfac_jax._folding import unfold
+from tekfac_jax._folding import fold, unfold
 from tekfac_jax._layers import Layers, LayerSpec, at_least_float32
 
 
@@ -42,7 +41,7 @@ class LayerState(NamedTuple):
     fallen_back: Any = None  # () whether the last step scaled the gradient instead
 
 
-class Meaning(NamedTuple):
+class StateKind(NamedTuple):
     """Version of a state's layout, and what gives its averages their meaning.
 
     Options that are not among these, nor seen in the shapes (intervals, decays, damping), may
@@ -63,7 +62,7 @@ class ScaleByTekfacState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]  # () steps taken
     due: jax.Array  # () whether the next step would use statistics
     layers: dict[str, LayerState]
-    meaning: Meaning = None  # pyright: ignore[reportAssignmentType]  # None: version 0
+    meaning: StateKind = None  # pyright: ignore[reportAssignmentType]  # None: version 0
 
 
 class ClipByKlState(NamedTuple):
@@ -88,7 +87,7 @@ WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
 # Fields of states that a version of the layout added to those before.
 ADDED = {"failed_in_a_row": 1, "fallen_back": 1, "meaning": 1}
 
-_TEKFAC = Meaning(STATE_VERSION, plain=False, measured=True, location=False, running=False)
+_TEKFAC = StateKind(STATE_VERSION, plain=False, measured=True, location=False, running=False)
 
 # The square matrices of a layer, the bulk of its state; they may be folded (`_folding`).
 SQUARES = ("phi", "psi", "q_phi", "q_psi")
@@ -118,7 +117,7 @@ def unfolded(layer: LayerState) -> LayerState:
 
 def folded(layer: LayerState) -> LayerState:
     """The layer with its matrices folded."""
-    squares = {name: fold_array(getattr(layer, name)) for name in _square_names(layer)}
+    squares = {name: fold(getattr(layer, name)) for name in _square_names(layer)}
     return layer._replace(**squares)
 
 
@@ -151,7 +150,7 @@ def initial_state(
     basis_rank: BasisRank = None,
     max_dim: int | None = None,
     fold: bool = False,
-    meaning: Meaning = _TEKFAC,
+    meaning: StateKind = _TEKFAC,
 ) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
     as_kept = folded if fold else lambda layer: layer
@@ -183,7 +182,7 @@ def initial_state(
         count=jnp.zeros((), jnp.int32),
         due=jnp.array(True),
         layers={path: layer(spec) for path, spec in layers.items()},
-        meaning=Meaning(
+        meaning=StateKind(
             jnp.asarray(meaning.version, jnp.int32), *(jnp.asarray(x, bool) for x in meaning[1:])
         ),
     )
@@ -191,7 +190,7 @@ def initial_state(
 
 def debiased(average: jax.Array, weight: jax.Array) -> jax.Array:
     """An average divided by its weight; zero where nothing was averaged yet."""
-    return average / for_each(jnp.where(weight > 0, weight, 1), average)
+    return average / expand_lead(jnp.where(weight > 0, weight, 1), average)
 
 
 def trace_of_theta(layer: LayerState) -> jax.Array:
@@ -199,7 +198,7 @@ def trace_of_theta(layer: LayerState) -> jax.Array:
     return debiased(jnp.sum(layer.theta, axis=(-2, -1)) + layer.rest, layer.theta_weight)
 
 
-def for_each(x: jax.Array, like: jax.Array) -> jax.Array:
+def expand_lead(x: jax.Array, like: jax.Array) -> jax.Array:
     """A (*lead) array with axes behind it, so that it meets `like` layer by layer."""
     return x.reshape(*x.shape, *[1] * (like.ndim - x.ndim))
 
@@ -211,7 +210,7 @@ def is_valid(layer: LayerState) -> jax.Array:
 
 def unit_trace(factor: jax.Array, q: jax.Array | None) -> jax.Array:
     """A factor divided by its trace; I/dim while it is zero. Without a basis: a diagonal."""
-    total = for_each(trace(factor, q), factor)
+    total = expand_lead(trace(factor, q), factor)
     dim = factor.shape[-1]
     nothing = (jnp.ones(dim) if q is None else jnp.eye(dim)).astype(factor.dtype) / dim
     return jnp.where(total > 0, factor / jnp.where(total > 0, total, 1), nothing)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tekfac_jax._layers import Layers, at_least_float32, check_layers
-from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._pytrees import to_matrices
 
 
 def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
@@ -60,7 +60,7 @@ def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> d
 def _matrices(argument: str, tree: Any, layers: Layers) -> dict[str, jax.Array]:
     """The matrix of each layer, in at least float32."""
     try:
-        found = gather_matrices(tree, layers)
+        found = to_matrices(tree, layers)
     except ValueError as error:
         raise ValueError(f"{argument!r} is read as a gradient is read: {error}") from error
     return {path: x.astype(at_least_float32(x.dtype)) for path, x in found.items()}

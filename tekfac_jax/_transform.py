@@ -24,15 +24,15 @@ from tekfac_jax._devices import Devices, devices_of
 from tekfac_jax._eigenbasis import precondition
 from tekfac_jax._layers import Layers, Statistics
 from tekfac_jax._options import (
-    FactorKind,
+    FactorChoice,
     Number,
     Options,
-    Rescaling,
+    RescalingChoice,
     check_names,
     same_arguments_as,
     validate,
 )
-from tekfac_jax._pytrees import gather_matrices, scatter_matrices
+from tekfac_jax._pytrees import to_matrices, from_matrices
 from tekfac_jax._reduced import ReducedStatistics
 from tekfac_jax._refresh import (
     Member,
@@ -52,10 +52,10 @@ from tekfac_jax._state import (
     STATE_VERSION,
     BasisRank,
     LayerState,
-    Meaning,
+    StateKind,
     ScaleByTekfacState,
     debiased,
-    for_each,
+    expand_lead,
     initial_state,
     is_valid,
     trace_of_theta,
@@ -100,15 +100,15 @@ def _algorithm(
     ) -> tuple[Any, ScaleByTekfacState]:
         del params, extra_args
         check_state_fits(state, expected_state())
-        gradients = gather_matrices(updates, layers)
+        gradients = to_matrices(updates, layers)
         running = member.measured and options.rescaling == "running"
         batch = read_batch(
             stats, batch_size, layers, options.axis_name, required=running, plain=member.plain
         )
         if isinstance(stats, ReducedStatistics):
-            if options.rescaling_examples is not None:
+            if options.statistics_examples is not None:
                 raise ValueError(
-                    "rescaling_examples= is for raw statistics: reduced ones are sums over the "
+                    "statistics_examples= is for raw statistics: reduced ones are sums over the "
                     "whole batch already; leave one of the two out"
                 )
             theta_shapes = None
@@ -161,7 +161,7 @@ def _algorithm(
 
         count = jnp.asarray(optax.safe_increment(state.count))
         return (
-            scatter_matrices(updates, layers, directions),
+            from_matrices(updates, layers, directions),
             ScaleByTekfacState(count, _next_due(count, new, options, offset), new, state.meaning),
         )
 
@@ -197,7 +197,7 @@ def _refresh_curvature(
     if isinstance(stats, Statistics):
         captured = {}
         for path, spec in layers.items():
-            some, share = sampled(stats.layers[path], spec, options.rescaling_examples)
+            some, share = sampled(stats.layers[path], spec, options.statistics_examples)
             captured[path] = Captured(some, stats.scale, share * examples)
         return update_layers(tools, new, captured)
     if stats is not None:  # Θ was measured in the old basis
@@ -211,9 +211,9 @@ def _refresh_curvature(
     return new
 
 
-def _meaning(member: Member, options: Options) -> Meaning:
+def _meaning(member: Member, options: Options) -> StateKind:
     location, running = options.factors == "location", options.rescaling == "running"
-    return Meaning(STATE_VERSION, member.plain, member.measured, location, running)
+    return StateKind(STATE_VERSION, member.plain, member.measured, location, running)
 
 
 def _has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
@@ -232,9 +232,9 @@ def _direction(
 ) -> jax.Array:
     """The natural gradient; as long as there is no curvature to rely on, the scaled one, or G."""
     mean = trace / (g.shape[-2] * g.shape[-1])
-    scaled = g.astype(trace.dtype) / for_each(mean + damping, g)
-    best = jnp.where(for_each(fallen_back, g), scaled, natural)
-    return jnp.where(for_each(valid, g), best.astype(g.dtype), g)
+    scaled = g.astype(trace.dtype) / expand_lead(mean + damping, g)
+    best = jnp.where(expand_lead(fallen_back, g), scaled, natural)
+    return jnp.where(expand_lead(valid, g), best.astype(g.dtype), g)
 
 
 def _next_due(
@@ -267,9 +267,9 @@ def scale_by_tekfac(
     damping_scale: Number = 1.0,
     fc_damping: FcDamping = "beta",
     damping_form: DampingForm = "exact",
-    factors: FactorKind = "exact",
-    rescaling: Rescaling = "exact",
-    rescaling_examples: int | None = None,
+    factors: FactorChoice = "exact",
+    rescaling: RescalingChoice = "exact",
+    statistics_examples: int | None = None,
     basis_rank: BasisRank = None,
     max_dim: int | None = None,
     eigenbasis: Method = "auto",
@@ -316,7 +316,7 @@ def scale_by_tekfac(
         rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
             mini-batch gradient alone, which must be the mean over the batch; needs no
             statistics but ``batch_size=`` at update, and is biased.
-        rescaling_examples: factors and Θ from so many of the examples, evenly spread over the batch
+        statistics_examples: factors and Θ from so many of the examples, evenly spread over the batch
             (over each device's part of it), instead of all: cheaper refreshes from noisier
             statistics. Of a batch that was filled up (``examples=``) it
             takes the others for evenly spread, or to fill up the end. Not for reduced statistics.
@@ -381,7 +381,7 @@ def scale_by_tekfac(
     options = Options(
         factor_interval, eigenbasis_interval, rescaling_interval, factor_decay, rescaling_decay,
         damping, trace_floor, damping_scale, fc_damping, damping_form, factors, rescaling,
-        rescaling_examples, basis_rank, max_dim, eigenbasis, stagger, early_refreshes, max_failures,
+        statistics_examples, basis_rank, max_dim, eigenbasis, stagger, early_refreshes, max_failures,
         axis_name, mesh, mesh_axis, shard_state, factor_dtype,
     )  # fmt: skip
     return _algorithm(

@@ -18,9 +18,9 @@ from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
-from tekfac_jax import _capture, _check, _fisher
+import tekfac_jax as tekfac
 from tekfac_jax._capture import Divisor, Norm
-from tekfac_jax._contract import Factors
+from tekfac_jax._contract import FactorKind
 from tekfac_jax._fisher import Estimator, Likelihood
 from tekfac_jax._flax_layers import (
     captured_input,
@@ -93,7 +93,7 @@ def find_layers(
     """
     graph, params, rest = _split(model)
     fn = _of_parameters(loss_fn, graph, params)
-    return _capture.find_layers(
+    return tekfac.find_layers(
         fn, nnx.as_pure(params), rest, *args, skip=skip, norm=norm, **kwargs
     )
 
@@ -107,7 +107,7 @@ def value_grad_and_stats(
     loss_scale: float | jax.Array = 1.0,
     examples: float | jax.Array | None = None,
     mode: Mode = "raw",
-    factors: Factors = "exact",
+    factors: FactorKind = "exact",
 ) -> Callable[..., Any]:
     """`nnx.value_and_grad` that also returns curvature statistics.
 
@@ -147,7 +147,7 @@ def value_grad_and_stats(
     """
 
     def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        capture = _capture.value_grad_and_stats(
+        capture = tekfac.value_grad_and_stats(
             fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale,
             examples=examples, mode=mode, factors=factors,
         )  # fmt: skip
@@ -194,7 +194,7 @@ def check_capture(
     """
     graph, params, rest = _split(model)
     fn = _of_parameters(loss_fn, graph, params, has_aux=has_aux)
-    return _check.check_capture(
+    return tekfac.check_capture(
         fn, layers, nnx.as_pure(params), rest, *args, has_aux=True, **kwargs
     )
 
@@ -207,7 +207,7 @@ def fisher_stats(
     estimator: Estimator = "sampled",
     has_aux: bool = False,
     mode: Mode = "raw",
-    factors: Factors = "exact",
+    factors: FactorKind = "exact",
 ) -> Callable[..., Any]:
     """Curvature statistics from labels that the module itself predicts.
 
@@ -240,7 +240,7 @@ def fisher_stats(
     """
 
     def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        capture = _fisher.fisher_stats(
+        capture = tekfac.fisher_stats(
             fn, layers, likelihood=likelihood, estimator=estimator, has_aux=True, mode=mode,
             factors=factors,
         )  # fmt: skip

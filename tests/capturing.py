@@ -11,7 +11,7 @@ import pytest
 
 import tekfac_jax as tekfac
 from tekfac_jax._layers import normal_form
-from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._pytrees import to_matrices
 
 EXACT = 1e-10  # relative, float64
 SINGLE = 1e-4  # relative, float32
@@ -82,7 +82,7 @@ def captured_gradients(layers, stats) -> dict[str, jax.Array]:
 def assert_sums_to_gradient(layers, stats, grads, tolerance=EXACT, divisor=None):
     """Σ_n G_n is the gradient of the summed loss: captures belong to the whole gradient."""
     divisor = stats.scale if divisor is None else divisor
-    expected = gather_matrices(grads, layers)
+    expected = to_matrices(grads, layers)
     for path, g in captured_gradients(layers, stats).items():
         error = relative_error(g.sum(axis=0), expected[path] * divisor)
         assert error <= tolerance, f"{path}: {error}"
@@ -96,7 +96,7 @@ def assert_exact(losses, params, x, tolerance=EXACT, **options):
 
     def one_gradient(params, x):
         grads = jax.grad(lambda params: losses(params, x[None])[0])(params)
-        return gather_matrices(grads, layers)
+        return to_matrices(grads, layers)
 
     layers = tekfac.find_layers(loss, params, x, **options)
 
@@ -105,7 +105,7 @@ def assert_exact(losses, params, x, tolerance=EXACT, **options):
         _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
         captured = captured_gradients(layers, stats)
         expected = jax.vmap(one_gradient, in_axes=(None, 0))(params, x)
-        return captured, expected, gather_matrices(grads, layers)
+        return captured, expected, to_matrices(grads, layers)
 
     captured, expected, grads = everything(params, x)
     for path, g in captured.items():

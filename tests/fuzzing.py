@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import tekfac_jax as tekfac
-from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._pytrees import to_matrices
 from tekfac_jax._state import LayerState
 from tests.capturing import losses_of
 from tests.oracles import SCALE_BY
@@ -233,7 +233,7 @@ _VALID: dict[str, Any] = {
     "damping_form": st.sampled_from(["exact", "factored"]),
     "factors": st.sampled_from(["exact", "location"]),
     "rescaling": st.sampled_from(["exact", "running"]),
-    "rescaling_examples": st.sampled_from([None, 1, 2, 100]),
+    "statistics_examples": st.sampled_from([None, 1, 2, 100]),
     "basis_rank": st.sampled_from([None, None, "auto", 1, 2, 3, 10**30, 0.3, 1.0]),
     "max_dim": st.sampled_from([None, 1, 3, 40]),
     "eigenbasis": st.sampled_from(["auto", "eigh", "subspace"]),
@@ -272,7 +272,7 @@ def settings_of(draw) -> Setting:
     sources = ["raw", "raw", "reduced", "sampled"] + ["exact"] * (member not in PLAIN)
     source = draw(st.sampled_from(sources))
     if source == "reduced":
-        options.pop("rescaling_examples", None)
+        options.pop("statistics_examples", None)
     truncated = any(options.get(name) is not None for name in ("basis_rank", "max_dim"))
     if member not in PRODUCTS or truncated:
         options.pop("damping_form", None)
@@ -443,7 +443,7 @@ def assert_captured_exactly(network: Network, problem: Problem) -> None:
     if not suspects:
         return
     _, grads, stats = tekfac.value_grad_and_stats(problem.loss, problem.layers)(problem.params, x)
-    gradients = gather_matrices(grads, problem.layers)
+    gradients = to_matrices(grads, problem.layers)
     for path in suspects:
         parts = sum(
             float(jnp.linalg.norm(c.u.ravel()) * (1 + jnp.linalg.norm(c.a.astype(float).ravel())))
@@ -465,7 +465,7 @@ def assert_split_is_whole(network: Network, problem: Problem, setting: Setting, 
     by_device = setting.split == "shard_map" and (
         setting.source == "sampled" or any(block.norm == "batch" for block in network.blocks)
     )
-    chosen = setting.options.get("rescaling_examples") is not None  # of a device's own examples
+    chosen = setting.options.get("statistics_examples") is not None  # of a device's own examples
     if setting.split is None or by_device or chosen:
         return
     (whole, *_) = run_steps(problem, setting._replace(split=None))
@@ -480,7 +480,7 @@ def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -
     momentum = None
     for number, step in enumerate(steps):
         assert all(jax.tree.leaves(step.finite)), "an update or a state is not finite"
-        gradients = gather_matrices(step.grads, problem.layers)
+        gradients = to_matrices(step.grads, problem.layers)
         expected, errors, counted = {}, {}, 0.0
         dampings = expected_dampings(problem.layers, setting, step.curvature)
         for path, spec in problem.layers.items():
@@ -499,7 +499,7 @@ def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -
                 problem, setting, step, number, expected, errors, counted, momentum
             )
             _assert_fallback(problem, step)
-        actual = gather_matrices(step.updates, problem.layers)
+        actual = to_matrices(step.updates, problem.layers)
         for path, update in expected.items():
             error = np.linalg.norm(np.asarray(actual[path], np.float64) - update)
             assert error <= errors[path], (path, number, error, errors[path])
@@ -600,7 +600,7 @@ def _chained(
         factor = float(step.diagnostics["kl_clip"])
     else:
         assert "kl_clip" not in step.diagnostics
-    weights = gather_matrices(step.params, problem.layers)
+    weights = to_matrices(step.params, problem.layers)
     clipped, updates, bounds, velocity = {}, {}, {}, {}
     for path, spec in problem.layers.items():
         leads = np.sum(np.asarray(step.curvature[path].theta), (-2, -1)) > 0

@@ -15,7 +15,7 @@ from tekfac_jax import _decomposition
 from tekfac_jax._decomposition import (
     TOLERANCE,
     eigenvectors,
-    is_updated,
+    starts_from_old_basis,
     residual,
     updated_eigenvectors,
 )
@@ -179,7 +179,7 @@ def test_several_factors_one_by_one(lead):
     ],
 )  # fmt: skip
 def test_when_the_basis_before_is_of_use(method, dim, rank, expected):
-    assert is_updated(dim, rank, method) is expected
+    assert starts_from_old_basis(dim, rank, method) is expected
 
 
 # --- in a transformation -----------------------------------------------------------------------

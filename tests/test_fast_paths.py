@@ -358,7 +358,7 @@ def test_too_large_gradients_are_not_kept():
 def curvature_of_some(name, number, **options):
     case = make_case(name)
     grads, stats = case.grads_and_stats()
-    tx = tekfac.scale_by_tekfac(case.layers(), rescaling_examples=number, **options)
+    tx = tekfac.scale_by_tekfac(case.layers(), statistics_examples=number, **options)
     _, state = jax.jit(lambda g, s: tx.update(g, tx.init(case.params), stats=s))(grads, stats)
     return tekfac.curvature(state)[case.path]
 
@@ -404,7 +404,7 @@ def test_a_batch_filled_up_at_its_end_counts_the_same_share():
     layers = tekfac.find_layers(loss, case.params, x, y, weights)
     fn = tekfac.value_grad_and_stats(loss, layers, reduction=6, examples=6)
     _, grads, stats = fn(case.params, x, y, weights)
-    tx = tekfac.scale_by_tekfac(layers, rescaling_examples=6)
+    tx = tekfac.scale_by_tekfac(layers, statistics_examples=6)
     _, state = tx.update(grads, tx.init(case.params), stats=stats)
     found = tekfac.curvature(state)[case.path]
     g = per_example_matrices("dense")[[0, 2, 4]]
@@ -417,15 +417,15 @@ def test_a_batch_filled_up_at_its_end_counts_the_same_share():
 @pytest.mark.timeout(240)
 def test_some_examples_of_every_device():
     """Two of four on each of four devices are every second one of sixteen."""
-    on_devices = Network(rescaling_examples=2).on_mesh(mesh_of(4))
-    assert_same(on_devices, Network(rescaling_examples=8).on_one_device(), 1e-10)
+    on_devices = Network(statistics_examples=2).on_mesh(mesh_of(4))
+    assert_same(on_devices, Network(statistics_examples=8).on_one_device(), 1e-10)
 
 
 @x64
 @pytest.mark.parametrize("number", [0, -1, 1.5, True, "half"])
 def test_numbers_of_examples_out_of_range(number):
-    with pytest.raises(ValueError, match=r"rescaling_examples must be .*1 or more.* got"):
-        tekfac.scale_by_tekfac(make_case("dense").layers(), rescaling_examples=number)
+    with pytest.raises(ValueError, match=r"statistics_examples must be .*1 or more.* got"):
+        tekfac.scale_by_tekfac(make_case("dense").layers(), statistics_examples=number)
 
 
 @x64
@@ -436,7 +436,7 @@ def test_reduced_statistics_are_of_the_whole_batch():
     def loss(params, x, y):
         return case.losses(params, x, y).mean()
 
-    tx = tekfac.scale_by_tekfac(layers, rescaling_examples=2)
+    tx = tekfac.scale_by_tekfac(layers, statistics_examples=2)
     state = tx.init(case.params)
     fn = tekfac.value_grad_and_stats(loss, layers, mode="reduced")
     _, grads, stats = fn(case.params, case.x, case.y, opt_state=state)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import tekfac_jax as tekfac
-from tekfac_jax._pytrees import gather_matrices
+from tekfac_jax._pytrees import to_matrices
 from tests.capturing import (
     EXACT,
     Net,
@@ -69,7 +69,7 @@ def test_sampled_labels(name):
         return nll.reshape(len(x), -1).sum(axis=1)
 
     expected = jax.jacrev(losses)(params, x)
-    expected = jax.vmap(lambda grads: gather_matrices(grads, layers))(expected)
+    expected = jax.vmap(lambda grads: to_matrices(grads, layers))(expected)
     for path, g in captured_gradients(layers, stats).items():
         assert relative_error(g, expected[path]) <= EXACT
     assert stats.examples == 5
@@ -137,7 +137,7 @@ def test_exact_fisher_is_the_gauss_newton_block(name):
         def one(x):
             jacobian = jax.jacrev(lambda params: predict(params, x[None]).reshape(-1))(params)
             h = output_fisher(likelihood, predict(params, x[None])[0])
-            return jax.vmap(lambda grads: gather_matrices(grads, layers))(jacobian), h
+            return jax.vmap(lambda grads: to_matrices(grads, layers))(jacobian), h
 
         return jax.vmap(one)(x)
 

@@ -114,13 +114,13 @@ ALLOWED = {
     ),
     **dict.fromkeys(("damping", "damping_scale", "kl_clip"), _is_positive),
     **dict.fromkeys(("trace_floor", "weight_decay"), _is_number),
-    **dict.fromkeys(("max_failures", "max_dim", "rescaling_examples"), _is_count),
+    **dict.fromkeys(("max_failures", "max_dim", "statistics_examples"), _is_count),
     **dict.fromkeys(("stagger", "early_refreshes", "shard_state"), _is_flag),
     "learning_rate": lambda v: _is_number(v) or callable(v),
     "basis_rank": lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
 }
 MAY_BE_NONE = {
-    "rescaling_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh", "mesh_axis",
+    "statistics_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh", "mesh_axis",
     "factor_dtype", "momentum", "kl_clip", "fallback",
 }  # fmt: skip
 OF_READY = ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback")

@@ -230,10 +230,10 @@ def test_a_state_of_a_later_version_is_refused():
     opt_state = run.tx.init(run.params)
     later = jax.tree.map(
         lambda node: (
-            node._replace(version=node.version + 7) if isinstance(node, tekfac.Meaning) else node
+            node._replace(version=node.version + 7) if isinstance(node, tekfac.StateKind) else node
         ),
         opt_state,
-        is_leaf=lambda node: isinstance(node, tekfac.Meaning),
+        is_leaf=lambda node: isinstance(node, tekfac.StateKind),
     )
     expected = r"layout version 8, and this version of tekfac_jax reads versions up to 1: update"
     with pytest.raises(ValueError, match=expected):

@@ -49,15 +49,15 @@ def layers_of(*dims):
 )
 def test_the_plan_does_everything_once_and_is_balanced(dims, devices):
     plan = tekfac.device_plan(layers_of(*dims), devices)
-    done = sorted((share.path, share.side, share.dim) for share in plan.shares)
+    done = sorted((share.path, share.side, share.dim) for share in plan.assignments)
     sides = [(f"layer_{i}", side, d[k]) for i, d in enumerate(dims)
              for k, side in enumerate(("phi", "psi")) if d[k] > 2]  # fmt: skip
     assert done == sorted(sides)
     assert sum(plan.loads) == sum(dim**3 for _, _, dim in sides)
-    assert all(0 <= share.device < devices for share in plan.shares)
-    if plan.shares:
+    assert all(0 <= share.device < devices for share in plan.assignments)
+    if plan.assignments:
         # The best there could be: the mean, the largest alone, or two of the largest together.
-        cubes = sorted((share.dim**3 for share in plan.shares), reverse=True)
+        cubes = sorted((share.dim**3 for share in plan.assignments), reverse=True)
         together = cubes[devices - 1] + cubes[devices] if len(cubes) > devices else 0
         best = max(sum(cubes) / devices, cubes[0], together)
         assert max(plan.loads) <= (4 / 3) * best + 1e-6 or max(plan.loads) <= (
@@ -85,7 +85,7 @@ def test_an_embedding_has_one_side_only():
         dtype="float32",
     )  # fmt: skip
     plan = tekfac.device_plan(tekfac.Layers((spec,)), 2)
-    assert [share.dim for share in plan.shares] == [8]
+    assert [share.dim for share in plan.assignments] == [8]
 
 
 @pytest.mark.parametrize("devices", [0, -1, 1.5, True, "two"])
@@ -351,7 +351,7 @@ def test_each_decomposition_is_done_once(how, monkeypatch):
             actual, _ = jax.jit(run)(*args, network.x)
     jax.effects_barrier()
     plan = tekfac.device_plan(network.layers, 4)
-    assert sorted(done) == sorted(share.dim for share in plan.shares)
+    assert sorted(done) == sorted(share.dim for share in plan.assignments)
     assert_same(actual, expected, 1e-4)
 
 
