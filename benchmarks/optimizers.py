@@ -14,7 +14,7 @@ import optax.contrib
 import tekfac_jax
 from benchmarks.errors import UsageError
 from benchmarks.soap import soap
-from tekfac_jax import _refresh
+from tekfac_jax._optimizer import refresh
 
 # Settings that may stand in the optimizer's state where they are numbers, so that one compiled
 # step serves every value of them.
@@ -77,7 +77,7 @@ def tekfac_without_transport(
     tx = tekfac_jax.tekfac(learning_rate, layers, **options)
 
     def update(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(_refresh, "transport", lambda theta, rest, old, new: (theta, rest)):
+        with mock.patch.object(refresh, "transport", lambda theta, rest, old, new: (theta, rest)):
             return tx.update(*args, **kwargs)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -1,35 +1,39 @@
 """TEKFAC and its siblings KFAC, EKFAC and TKFAC: natural-gradient optimizers for Flax and optax."""
 
-from tekfac_jax._capture import find_layers, make_slots, tap, value_grad_and_stats
-from tekfac_jax._check import check_capture
-from tekfac_jax._devices import DevicePlan, Assignment, device_plan
-from tekfac_jax._fisher import Bernoulli, Categorical, Gaussian, Likelihood, fisher_stats
-from tekfac_jax._layers import Capture, Layers, LayerSpec, Statistics
-from tekfac_jax._optimizers import clip_by_kl, ekfac, kfac, tekfac, tkfac
-from tekfac_jax._readers import (
-    Curvature,
-    check_state,
-    curvature,
-    diagnostics,
-    memory_usage,
-    stats_due,
+from tekfac_jax._capture.check_capture import check_capture
+from tekfac_jax._capture.find_layers import find_layers
+from tekfac_jax._capture.fisher_stats import (
+    Bernoulli,
+    Categorical,
+    Gaussian,
+    Likelihood,
+    fisher_stats,
 )
-from tekfac_jax._reduced import Reduced, ReducedStatistics
-from tekfac_jax._restore import restore_state, without_factors
-from tekfac_jax._sharding import opt_state_sharding
-from tekfac_jax._state import ClipByKlState, LayerState, StateKind, ScaleByTekfacState
-from tekfac_jax._steps import step_diagnostics
-from tekfac_jax._transform import (
+from tekfac_jax._capture.tap import make_slots, tap
+from tekfac_jax._capture.value_grad_and_stats import value_grad_and_stats
+from tekfac_jax._devices.mesh import opt_state_sharding
+from tekfac_jax._devices.plan import Assignment, DevicePlan, device_plan
+from tekfac_jax._layers.spec import Layers, LayerSpec
+from tekfac_jax._layers.statistics import Capture, Reduced, ReducedStatistics, Statistics
+from tekfac_jax._optimizer.clip_by_kl import clip_by_kl
+from tekfac_jax._optimizer.ready import ekfac, kfac, tekfac, tkfac
+from tekfac_jax._optimizer.transforms import (
     scale_by_ekfac,
     scale_by_kfac,
     scale_by_tekfac,
     scale_by_tkfac,
 )
+from tekfac_jax._state.check_state import check_state
+from tekfac_jax._state.diagnostics import diagnostics, step_diagnostics
+from tekfac_jax._state.layout import ClipByKlState, LayerState, ScaleByTekfacState, StateKind
+from tekfac_jax._state.read import Curvature, curvature, memory_usage, stats_due
+from tekfac_jax._state.restore import restore_state, without_factors
 from tekfac_jax.train_state import TrainState
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Assignment",
     "Bernoulli",
     "Capture",
     "Categorical",
@@ -41,11 +45,10 @@ __all__ = [
     "LayerState",
     "Layers",
     "Likelihood",
-    "StateKind",
     "Reduced",
     "ReducedStatistics",
     "ScaleByTekfacState",
-    "Assignment",
+    "StateKind",
     "Statistics",
     "TrainState",
     "check_capture",

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from tekfac_jax._readers import Curvature
+from tekfac_jax._state.read import Curvature
 
 try:
     from matplotlib import colormaps

@@ -5,7 +5,7 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
-from tekfac_jax._layers import Statistics
+from tekfac_jax._layers.statistics import Statistics
 
 
 class TrainState(train_state.TrainState):

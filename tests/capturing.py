@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import tekfac_jax as tekfac
-from tekfac_jax._layers import normal_form
-from tekfac_jax._pytrees import to_matrices
+from tekfac_jax._curvature.normal_form import normal_form
+from tekfac_jax._layers.matrices import to_matrices
 
 EXACT = 1e-10  # relative, float64
 SINGLE = 1e-4  # relative, float32

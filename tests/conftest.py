@@ -27,13 +27,7 @@ import pytest
 
 # The jaxtyping annotations of the pure mathematics are enforced while the tests run.
 jaxtyping.install_import_hook(
-    [
-        "tekfac_jax._statistics",
-        "tekfac_jax._embedding",
-        "tekfac_jax._norms",
-        "tekfac_jax._eigenbasis",
-        "tekfac_jax._decomposition",
-    ],
+    "tekfac_jax._curvature",
     "beartype.beartype",
 )
 

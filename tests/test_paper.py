@@ -24,7 +24,7 @@ from benchmarks.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
 from benchmarks.halving import Rung, candidates, grid_size, search
 from benchmarks.loop import COSINE, Schedule, Task, Trainer
 from benchmarks.optimizers import divide, make_optimizer
-from tests.test_errors import simple_case
+from tests.capture.test_errors import simple_case
 
 TASK = TaskSpec("digits", "cnn", subset=320, width=4, batch_size=64)
 TINY = Experiment(
@@ -173,7 +173,8 @@ def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, k
 KILLED = """
 import sys, threading
 from pathlib import Path
-from tests import resuming, test_paper
+from tests import test_paper
+from tests.properties import resuming
 
 store = test_paper.runs.Store(Path(sys.argv[1]), checkpoint_every=0.0)
 saved, save = [], store.save

@@ -30,7 +30,9 @@ def imported(path):
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_imports_are_dependencies(path):
     extra = {"matplotlib"} if path.stem == "plot" else set()
     assert imported(path) <= NEEDED | {"numpy", "tekfac_jax"} | extra  # jax brings numpy
@@ -82,7 +84,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         described = email.message_from_bytes(archive.read(metadata))
     information = metadata.rpartition("/")[0]
-    modules = {f"tekfac_jax/{path.name}" for path in PACKAGE.glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py")}
     ours = {name for name in names if not name.startswith(f"{information}/")}
     assert ours == modules | {"tekfac_jax/py.typed"}
     assert f"{information}/licenses/LICENSE" in names

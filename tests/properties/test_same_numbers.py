@@ -107,7 +107,9 @@ def test_the_numbers_are_those_of_before(name, x64):
     assert set(found) == set(expected)
     for key, value in found.items():
         scale = np.abs(expected[key]).max()
-        np.testing.assert_allclose(value, expected[key], rtol=0, atol=REORDERED * scale, err_msg=key)
+        np.testing.assert_allclose(
+            value, expected[key], rtol=0, atol=REORDERED * scale, err_msg=key
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,4 @@
+"""The mathematics of one layer, as pure functions.
+
+Imports `_layers`.
+"""

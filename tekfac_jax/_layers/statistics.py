@@ -1,0 +1,67 @@
+"""TODO: _layers/statistics"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+
+class Capture(NamedTuple):
+    """What one call of a layer leaves behind.
+
+    Attributes:
+        a: the layer's input, as the layer received it (batch axis first); of a normalisation what
+            it multiplies by its scale.
+        u: gradient of the loss with respect to the layer's output, in the output's shape.
+    """
+
+    a: jax.Array
+    u: jax.Array
+
+
+class Statistics(NamedTuple):
+    """Curvature statistics of one batch, as captured.
+
+    Attributes:
+        layers: for each layer path one `Capture` per call of the layer.
+        scale: what `u` is multiplied by to become the gradient of the summed loss. Shape ().
+        examples: number of examples that sums are divided by, shape (); None: as many as were
+            captured.
+        parts: of how many statistics this is the sum, shape (). A sum of captures means nothing,
+            and shows here; None: taken for 1.
+    """
+
+    layers: dict[str, tuple[Capture, ...]]
+    scale: jax.Array
+    examples: jax.Array | None = None
+    parts: jax.Array | None = None
+
+
+FactorKind = Literal["exact", "location", "plain"]
+
+
+class Reduced(NamedTuple):
+    """Sums over examples, of one layer."""
+
+    phi: jax.Array  # (*lead, i, i); of an embedding (*lead, i)
+    psi: jax.Array  # (*lead, o, o)
+    theta: Any  # (*lead, i, o) in the columns of the basis that was given; None without one
+    rest: Any = None  # (*lead) the trace outside of these columns
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReducedStatistics:
+    """Curvature statistics of a batch, contracted: those of micro-batches add up.
+
+    ``jax.tree.map(jnp.add, one, other)`` is the statistics of both.
+
+    Attributes:
+        layers: for each layer path its sums over examples.
+        examples: how many examples were summed, shape (); 0 where `when` was False.
+        factors: which factors they are: ``"exact"``, ``"location"`` or ``"plain"``.
+    """
+
+    layers: dict[str, Reduced]
+    examples: jax.Array
+    factors: FactorKind = dataclasses.field(metadata={"static": True})

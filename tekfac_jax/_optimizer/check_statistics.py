@@ -1,0 +1,161 @@
+"""TODO: _optimizer/check_statistics"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from tekfac_jax._curvature.normal_form import is_attend
+from tekfac_jax._layers.spec import Layers, LayerSpec, call_positions
+from tekfac_jax._layers.statistics import (
+    Capture,
+    FactorKind,
+    Reduced,
+    ReducedStatistics,
+    Statistics,
+)
+
+
+def _check_bound(axis_name: Any) -> None:
+    """Raises unless this is traced under an axis of that name, or axes."""
+    if axis_name is None:
+        return
+    try:
+        lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is no axis that this update runs under: call it inside of "
+            "pmap or shard_map with that axis, or leave axis_name out"
+        ) from error
+
+
+def check_reduced(
+    stats: ReducedStatistics,
+    layers: Layers,
+    factors: FactorKind,
+    theta: Mapping[str, tuple[int, ...]] | None,
+) -> None:
+    """Raises if reduced statistics are not what a transformation needs.
+
+    `theta` holds the shape of each layer's Θ, or is None where Θ is not used.
+    """
+    if stats.factors != factors:
+        raise ValueError(
+            f'stats hold "{stats.factors}" factors, this transformation needs "{factors}": pass '
+            f'factors="{factors}" to value_grad_and_stats'
+        )
+    for path, spec in layers.items():
+        reduced = stats.layers[path]
+        if theta is not None and reduced.theta is None:
+            raise ValueError(
+                "stats lack Θ, which this transformation measures: pass opt_state= to the function "
+                'that value_grad_and_stats(..., mode="reduced") returns'
+            )
+        i, o, lead = spec.in_dim, spec.out_dim, spec.lead
+        shapes = {"phi": (*lead, i, i) if spec.has_input_basis else (*lead, i)}
+        shapes["psi"] = (*lead, o, o)
+        if theta is not None:
+            shapes |= {"theta": theta[path], "rest": lead}
+        for name, shape in shapes.items():
+            found = getattr(reduced, name)
+            if not _is_array(found):
+                raise ValueError(
+                    f"stats of layer {path!r} have a {type(found).__name__} for {name} instead of "
+                    "an array of floating-point numbers, as value_grad_and_stats returns it"
+                )
+            if found.shape != shape:
+                raise ValueError(
+                    f"stats of layer {path!r} have {name} of shape {found.shape}, the layer and "
+                    f"its state {shape}: call find_layers again"
+                )
+
+
+def _check_layers(stats: Any, layers: Layers) -> None:
+    if not isinstance(stats, Statistics | ReducedStatistics):
+        raise ValueError(
+            f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
+        )
+    scalars: list[Any] = [stats.examples]
+    if isinstance(stats, Statistics):
+        optional = [x for x in (stats.examples, stats.parts) if x is not None]
+        scalars = [stats.scale, *optional]
+    if not all(_is_array(x) and x.shape == () for x in scalars):
+        raise ValueError(
+            "stats must have scalar arrays of real numbers besides those of the layers, got "
+            f"{scalars}; take them as they come from value_grad_and_stats or fisher_stats"
+        )
+    named = set(stats.layers) if isinstance(stats.layers, Mapping) else set()
+    if named != set(layers):
+        raise ValueError(
+            f"stats are of other layers than this transformation's: missing "
+            f"{sorted(set(layers) - named)}, unknown "
+            f"{sorted(named - set(layers), key=str)}. Use one `layers` for both."
+        )
+    for path, found in stats.layers.items():
+        kind = Capture if isinstance(stats, Statistics) else Reduced
+        parts = found if isinstance(stats, Statistics) else (found,)
+        whole = isinstance(parts, tuple) and parts and all(isinstance(x, kind) for x in parts)
+        needed = [field for x in parts for field in x[:2]] if whole else []
+        if not needed or not all(map(_is_array, (*needed, *jax.tree.leaves(parts)))):
+            raise ValueError(
+                f"stats of layer {path!r} must be {kind.__name__} of floating-point arrays, as "
+                f"value_grad_and_stats and fisher_stats return them, got {found!r}"
+            )
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
+        x.dtype, jnp.floating
+    )
+
+
+def _check_captures(stats: Statistics, layers: Layers) -> int:
+    """Raises if captures do not fit their layers; returns how many examples were captured."""
+    sizes = set()
+    for path, spec in layers.items():
+        for capture in stats.layers[path]:
+            _check_capture(path, spec, capture)
+            sizes |= {(path, x.shape[len(spec.stack)]) for x in (capture.a, capture.u)}
+    if len({size for _, size in sizes}) != 1:
+        raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
+    return next(iter(sizes))[1]
+
+
+def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
+    remedy = (
+        "They come from another model, or find_layers saw other shapes: call find_layers again."
+    )
+    stack, features = len(spec.stack), len(spec.bias_shape)
+    a, u = capture.a.shape[stack:], capture.u.shape[stack:]
+    if {capture.a.shape[:stack], capture.u.shape[:stack]} != {spec.stack}:
+        raise ValueError(
+            f"stats of layer {path!r} have shapes {capture.a.shape} and {capture.u.shape}, which "
+            f"do not begin with the layer's stack of {spec.stack}. {remedy}"
+        )
+    outputs, inputs = spec.bias_shape, spec.kernel_shape[: spec.contracted]
+    if spec.kind == "norm":
+        seen: tuple[int, ...] = a
+        inputs = u
+    elif spec.kind == "embed" and spec.attended and is_attend(*capture):
+        seen = a[-1:]
+        outputs, inputs = inputs, outputs
+    elif spec.kind == "embed":
+        seen = a
+        inputs = u[:-1]
+    elif spec.kind == "conv":
+        seen = a[-1:]
+        inputs = (inputs[-1] * spec.groups,)
+    else:
+        seen = tuple(a[axis] for axis in spec.axes if -axis <= len(a))
+    if u[-features:] != outputs:
+        raise ValueError(
+            f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "
+            f"{outputs}. {remedy}"
+        )
+    if seen != inputs or call_positions(spec, u) < 1:
+        raise ValueError(
+            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. {remedy}"
+        )

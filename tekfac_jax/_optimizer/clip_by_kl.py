@@ -1,0 +1,108 @@
+"""TODO: _optimizer/clip_by_kl"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tekfac_jax._arguments import check_number, check_transformation
+from tekfac_jax._layers.paths import layer_path
+from tekfac_jax._state.layout import ClipByKlState, ScaleByTekfacState, is_valid
+from tekfac_jax._state.recognise import search
+
+LearningRate = optax.ScalarOrSchedule
+
+
+def clip_by_kl(
+    inner: optax.GradientTransformation, learning_rate: LearningRate, max_kl: Any = 1e-3
+) -> optax.GradientTransformationExtraArgs:
+    """Shrinks the step of `inner` where it would move the predictive distribution too far.
+
+    Multiplies the updates by min(1, √(κ / (η² Σ ⟨ΔW, G⟩))), with one factor for all layers.
+    Where `inner` holds curvature of ours, only layers whose curvature is valid are counted and
+    multiplied: elsewhere ⟨ΔW, G⟩ is no divergence. It wraps `inner` because it needs the
+    gradient, the preconditioned gradient and η at once; put it before momentum.
+
+    Args:
+        inner: transformation that preconditions.
+        learning_rate: η, a number or a schedule of the step count.
+        max_kl: κ, bound on η² ΔWᵀ F ΔW (twice the predicted KL divergence), positive.
+
+    Returns:
+        `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+        ValueError: `max_kl` not positive, or `learning_rate` negative.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, tekfac_jax as tekfac
+        >>> tx = tekfac.clip_by_kl(optax.scale(100.0), learning_rate=1.0, max_kl=1.0)
+        >>> updates, state = tx.update(jnp.ones(4), tx.init(jnp.ones(4)))
+        >>> print(updates)
+        [5. 5. 5. 5.]
+    """
+    check_number("max_kl", max_kl, 0, math.inf, "1e-3 is usual", open_low=True)
+    _check_learning_rate(learning_rate)
+    check_transformation("inner", inner)
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> ClipByKlState:
+        dtype = jnp.result_type(float)
+        return ClipByKlState(jnp.zeros((), jnp.int32), jnp.ones((), dtype), inner.init(params))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, ClipByKlState]:
+        directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        counted = _counted(directions, inner_state)
+        eta: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        products = jax.tree.map(_inner_product, counted, directions, updates)
+        total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
+        eta, kappa = (jnp.asarray(x).astype(total.dtype) for x in (eta, max_kl))
+        factor = kl_factor(total, eta, kappa).astype(state.factor.dtype)
+        clipped = jax.tree.map(
+            lambda use, d: jnp.where(use, d * factor.astype(d.dtype), d), counted, directions
+        )
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return clipped, ClipByKlState(count, factor, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_learning_rate(value: Any) -> None:
+    if not callable(value):
+        check_number("learning_rate", value, 0, math.inf, "or an optax schedule; pass η, not −η")
+
+
+def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) -> jax.Array:
+    dtype = jnp.result_type(float)
+    product = jnp.sum(direction.astype(dtype) * gradient.astype(dtype))
+    return jnp.where(use, product, 0)
+
+
+def _counted(directions: Any, inner_state: Any) -> Any:
+    """For each leaf whether it was preconditioned with valid curvature, if only in part.
+
+    In part: a feature of a normalisation that is dead has no curvature, all others have.
+    """
+    states = search(inner_state, ScaleByTekfacState)
+    if not states:
+        return jax.tree.map(lambda d: jnp.array(True), directions)
+    valid = {
+        path: jnp.any(is_valid(layer)) for state in states for path, layer in state.layers.items()
+    }
+    nothing = jnp.array(False)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, d: valid.get(layer_path(path) or "", nothing), directions
+    )
+
+
+def kl_factor(
+    inner_product: jax.Array, learning_rate: jax.Array | float, max_kl: jax.Array | float
+) -> jax.Array:
+    """min(1, √(κ / (η² ⟨ΔW, G⟩))): shrinks a step whose predicted KL divergence exceeds κ/2."""
+    divergence = learning_rate**2 * inner_product
+    too_far = divergence > max_kl  # False for NaN and for 0
+    return jnp.where(too_far, jnp.sqrt(max_kl / jnp.where(too_far, divergence, 1)), 1)

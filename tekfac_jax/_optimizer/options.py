@@ -1,0 +1,233 @@
+"""Arguments of the transforms: what they may be, and one signature for the whole family."""
+
+import contextlib
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from tekfac_jax._arguments import LARGEST_INTEGER, as_python, check_choice, check_flag, check_number
+from tekfac_jax._curvature.decomposition import Method
+from tekfac_jax._devices.mesh import axis_names, check_mesh_axis
+from tekfac_jax._layers.spec import check_layers
+from tekfac_jax._optimizer.damping import Damping, DampingForm, FcDamping
+from tekfac_jax._state.initial import BasisRank
+
+Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
+
+
+FactorChoice = Literal["exact", "location"]
+
+
+RescalingChoice = Literal["exact", "running"]
+
+
+_MAX_FAILURES = (
+    "how many refreshes may fail one after another before a layer only scales its gradient"
+)
+
+
+_INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
+
+
+class Options(NamedTuple):
+    """Arguments of `scale_by_tekfac` and its siblings."""
+
+    factor_interval: Number = 50
+    eigenbasis_interval: Number = 50
+    rescaling_interval: Number = 50
+    factor_decay: Number = 0.95
+    rescaling_decay: Number = 0.95
+    damping: Damping = "auto"
+    trace_floor: Number = 0.01
+    damping_scale: Number = 1.0
+    fc_damping: FcDamping = "beta"
+    damping_form: DampingForm = "exact"
+    factors: FactorChoice = "exact"
+    rescaling: RescalingChoice = "exact"
+    statistics_examples: int | None = None
+    basis_rank: BasisRank = None
+    max_dim: int | None = None
+    eigenbasis: Method = "auto"
+    stagger: bool = False
+    early_refreshes: bool = False
+    max_failures: Number | None = 5
+    axis_name: Any = None
+    mesh: Any = None
+    mesh_axis: Any = None
+    shard_state: bool = False
+    factor_dtype: Any = None
+
+
+def check_names(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
+    """Raises a TypeError that names an option that does not exist, and the nearest that does.
+
+    Args:
+        options: what was passed by name.
+        also: names that exist beside those of `Options`.
+    """
+    known = (*also, *Options._fields)
+    for name in options:
+        if name not in Options._fields:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f", did you mean {near[0]!r}?" if near else f": choose from {', '.join(known)}"
+            raise TypeError(f"there is no argument {name!r}{hint}")
+
+
+def validate(layers: Any, options: Options, *, measured: bool) -> Options:
+    """Raises a ValueError that names the argument, its value, the range and the remedy.
+
+    Args:
+        layers: what should be `Layers`.
+        options: what was passed.
+        measured: whether Θ is measured instead of a product of the factors' eigenvalues.
+    """
+    check_layers(layers)
+    if not layers:
+        raise ValueError("layers is empty: there is nothing to precondition")
+    for name in _INTERVALS:
+        _check_interval(name, getattr(options, name))
+    check_flag("stagger", options.stagger)
+    check_flag("early_refreshes", options.early_refreshes)
+    if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
+        raise ValueError(
+            "stagger=True lays the steps out when the transformation is made: give the intervals "
+            "as Python numbers, not as arrays or injected hyperparameters"
+        )
+    for name in ("factor_decay", "rescaling_decay"):
+        check_number(name, getattr(options, name), 0, 1, "0 keeps only the newest value")
+    check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")
+    check_number(
+        "damping_scale", options.damping_scale, 0, math.inf, "1 is the rule itself", open_low=True
+    )
+    if isinstance(options.damping, str):
+        check_choice("damping", options.damping, ("auto", "trace"), "or a positive number")
+    else:
+        check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
+    _check_basis_rank(options)
+    check_flag("shard_state", options.shard_state)
+    _check_axis_name(options.axis_name)
+    check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
+    _check_damping_form(options, measured)
+    check_choice("factors", options.factors, get_args(FactorChoice))
+    check_choice("rescaling", options.rescaling, get_args(RescalingChoice))
+    max_failures = as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
+    if not isinstance(max_failures, Tracer):
+        _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
+    _check_count(
+        "statistics_examples",
+        options.statistics_examples,
+        "how many examples factors and Θ are taken from",
+        "all",
+    )
+    _check_count(
+        "max_dim", options.max_dim, "the largest side that keeps all its eigenvectors", "no limit"
+    )
+    check_choice("eigenbasis", options.eigenbasis, get_args(Method))
+    return options._replace(
+        factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
+    )
+
+
+def _check_count(name: str, value: Any, meaning: str, none: str) -> None:
+    number = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or (number and 1 <= value <= LARGEST_INTEGER):
+        return
+    raise ValueError(
+        f"{name} must be {meaning} (an integer, 1 or more and at most {LARGEST_INTEGER:,}), or "
+        f"None for {none}, got {value!r}"
+    )
+
+
+def _check_axis_name(value: Any) -> None:
+    names = axis_names(value)
+    if value is not None and not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError(
+            "axis_name must be the name of a pmap or shard_map axis, a tuple of such names, or "
+            f"None, got {value!r}"
+        )
+
+
+def _check_damping_form(options: Options, measured: bool) -> None:
+    check_choice("damping_form", options.damping_form, get_args(DampingForm))
+    if options.damping_form == "exact":
+        return
+    if measured:
+        raise ValueError(
+            'damping_form="factored" is for KFAC and TKFAC: a Θ that is measured is no product of '
+            'two factors that could be damped; leave it at "exact"'
+        )
+    for name in ("basis_rank", "max_dim"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f'damping_form="factored" needs all eigenvectors, and {name} leaves some out: '
+                "leave one of the two out"
+            )
+
+
+def _check_basis_rank(options: Options) -> None:
+    rank = options.basis_rank
+    number = isinstance(rank, int | float) and not isinstance(rank, bool)
+    too_small = isinstance(rank, int | float) and rank < 1e-9
+    share = isinstance(rank, float) and not 0 < rank <= 1
+    auto = isinstance(rank, str) and rank == "auto"
+    if rank is not None and not auto and (not number or too_small or share):
+        raise ValueError(
+            'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
+            f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
+        )
+    for name in ("basis_rank", "max_dim"):
+        if getattr(options, name) is not None and options.shard_state:
+            raise ValueError(
+                f"{name} and shard_state=True do not go together: leave one of them out"
+            )
+
+
+def _mesh_axis(options: Options) -> Any:
+    """The mesh's axis, checked."""
+    if options.mesh is None:
+        for name, default in (("mesh_axis", None), ("shard_state", False)):
+            value = getattr(options, name)
+            if value is not default:
+                raise ValueError(
+                    f"{name}={value!r} needs mesh=, and there is none: pass it, or leave {name} out"
+                )
+        return None
+    if options.axis_name is not None:
+        raise ValueError(
+            f"axis_name={options.axis_name!r} is for pmap and shard_map, mesh= for jit with "
+            "NamedSharding: pass one of them"
+        )
+    return check_mesh_axis(options.mesh, options.mesh_axis, shard_state=options.shard_state)
+
+
+def _check_interval(name: str, value: Any) -> None:
+    value = as_python(value)
+    if isinstance(value, Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_INTEGER:
+        raise ValueError(
+            f"{name} must be a whole number of steps, 1 or more (1: every step) and at most "
+            f"{LARGEST_INTEGER:,}, got {value!r}"
+        )
+
+
+def _factor_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    known = None
+    if isinstance(dtype, str | type | np.dtype):  # arrays and what else has a dtype are none
+        with contextlib.suppress(TypeError):
+            known = jnp.dtype(dtype)
+    if known is None or known not in (jnp.dtype("float32"), jnp.dtype("float64")):
+        raise ValueError(
+            f"factor_dtype must be float32 or float64, got {dtype!r}: in half precision "
+            "the small eigenvalues of a factor are lost. Parameters and activations "
+            "may be in half precision all the same"
+        )
+    return known

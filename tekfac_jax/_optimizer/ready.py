@@ -1,0 +1,179 @@
+"""The ready optimizers: precondition, clip, momentum, decay, and something for all the rest."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from tekfac_jax._arguments import check_number, check_transformation
+from tekfac_jax._layers.matrices import captured_mask, to_matrices
+from tekfac_jax._layers.spec import Layers
+from tekfac_jax._optimizer.clip_by_kl import LearningRate, _check_learning_rate, clip_by_kl
+from tekfac_jax._optimizer.damping import follows_trace
+from tekfac_jax._optimizer.options import check_names
+from tekfac_jax._optimizer.signatures import also_arguments_of, same_arguments_as
+from tekfac_jax._optimizer.transforms import (
+    scale_by_ekfac,
+    scale_by_kfac,
+    scale_by_tekfac,
+    scale_by_tkfac,
+)
+
+# What is left of Eq. 3.5 where nothing else is said: docs/results.md has the readings.
+_SCALE_OF_TRACE = 0.3
+
+
+@also_arguments_of(scale_by_tekfac)
+def tekfac(
+    learning_rate: LearningRate,
+    layers: Layers,
+    *,
+    momentum: Any = 0.9,
+    weight_decay: Any = 0.0,
+    kl_clip: Any = 1e-3,
+    fallback: optax.GradientTransformation | None = None,
+    damping_scale: Any = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The TEKFAC optimizer, ready to use. `tkfac`, `ekfac` and `kfac` are its siblings.
+
+    Captured parameters: preconditioned (`scale_by_tekfac`), clipped (`clip_by_kl`), heavy-ball
+    momentum, decoupled weight decay, times −η. Everything else goes to `fallback`.
+
+    Args:
+        learning_rate: η, a number or an optax schedule.
+        layers: from `find_layers`.
+        momentum: decay of the momentum, in [0, 1); 0 or None: none.
+        weight_decay: multiplies the captured parameters, added after momentum (decoupled).
+        kl_clip: κ of `clip_by_kl`; None: no clip.
+        fallback: transformation for every parameter that is not captured; it applies its own
+            learning rate. None: Adam with the same learning rate or schedule.
+        damping_scale: multiplies each λ, positive. None: 0.3 where λ follows the trace (Eq. 3.5
+            itself, 1, trained slower in `docs/results.md`), 1 where it is fixed.
+        **options: other arguments of `scale_by_tekfac`.
+
+    Returns:
+        `optax.GradientTransformationExtraArgs`; `update` takes ``stats=``.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
+        >>> import tekfac_jax as tekfac
+        >>> model, x = nn.Dense(3), jnp.ones((8, 5))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> def loss_fn(params, x):
+        ...     return jnp.mean(jnp.sum((model.apply({"params": params}, x) - 1) ** 2, axis=-1))
+        >>> layers = tekfac.find_layers(loss_fn, params, x)
+        >>> tx = tekfac.tekfac(0.1, layers, factor_interval=10)
+        >>> state = tekfac.TrainState.create(apply_fn=model.apply, params=params, tx=tx)
+        >>> loss, grads, stats = tekfac.value_grad_and_stats(loss_fn, layers)(params, x)
+        >>> state = state.apply_gradients(grads=grads, stats=stats)
+        >>> bool(loss_fn(state.params, x) < loss)
+        True
+    """
+    return _ready(
+        scale_by_tekfac,
+        learning_rate,
+        layers,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        kl_clip=kl_clip,
+        fallback=fallback,
+        damping_scale=damping_scale,
+        **options,
+    )
+
+
+@same_arguments_as(tekfac)
+def tkfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The TKFAC optimizer, ready to use: `tekfac` around `scale_by_tkfac`."""
+    return _ready(scale_by_tkfac, *args, **kwargs)
+
+
+@same_arguments_as(tekfac)
+def ekfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The EKFAC optimizer, ready to use: `tekfac` around `scale_by_ekfac`."""
+    return _ready(scale_by_ekfac, *args, **kwargs)
+
+
+@same_arguments_as(tekfac)
+def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    """The KFAC optimizer, ready to use: `tekfac` around `scale_by_kfac`."""
+    return _ready(scale_by_kfac, *args, **kwargs)
+
+
+def _check_gradient(updates: Any, layers: Layers) -> None:
+    """Raises for a gradient that does not fit, over which optax would stumble."""
+    found = to_matrices(updates, layers)
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    masks = any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked)))
+    if not masks and (missing := [path for path in layers if path not in found]):
+        raise ValueError(
+            f"the gradient is None for the layers {missing}: pass the gradient of all parameters"
+        )
+
+
+def _ready(
+    scale_by: Callable[..., optax.GradientTransformationExtraArgs],
+    learning_rate: LearningRate,
+    layers: Layers,
+    *,
+    momentum: Any = 0.9,
+    weight_decay: Any = 0.0,
+    kl_clip: Any = 1e-3,
+    fallback: optax.GradientTransformation | None = None,
+    damping_scale: Any = None,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    check_names(options, ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback"))
+    if isinstance(learning_rate, Layers):
+        raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
+    _check_learning_rate(learning_rate)
+    if momentum is not None:
+        check_number("momentum", momentum, 0, 1, "0.9 is usual")
+    check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
+    if damping_scale is None:
+        rule = options.get("damping", "auto")
+        by_trace = isinstance(layers, Layers) and follows_trace(layers, rule)
+        damping_scale = _SCALE_OF_TRACE if by_trace else 1.0
+    direction = scale_by(layers, damping_scale=damping_scale, **options)
+    if kl_clip is not None:
+        check_number("kl_clip", kl_clip, 0, math.inf, "None turns the clip off", open_low=True)
+        direction = clip_by_kl(direction, learning_rate, kl_clip)
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0
+    captured = optax.chain(
+        direction,
+        optax.identity() if momentum is None else optax.trace(momentum),
+        # Decay needs the parameters at update; without it nobody has to pass them.
+        optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    if fallback is None:
+        fallback = optax.adam(learning_rate)
+    check_transformation("fallback", fallback)
+
+    def labels(params: Any) -> Any:
+        mask = captured_mask(params, layers)
+        return jax.tree.map(lambda is_captured: "captured" if is_captured else "fallback", mask)
+
+    parts = optax.partition({"captured": captured, "fallback": fallback}, labels)
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, optax.OptState]:
+        _check_gradient(updates, layers)
+        if not isinstance(state, optax.transforms.PartitionState):
+            raise ValueError(
+                "state= must be what init or the update before returned, got "
+                f"{type(state).__name__}"
+            )
+        return parts.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(parts.init, update)

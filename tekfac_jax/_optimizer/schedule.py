@@ -1,0 +1,92 @@
+"""When each layer's curvature is refreshed: all at once, or spread over the interval."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tekfac_jax._curvature.cost import factor_order, rescaling_order
+from tekfac_jax._layers.spec import Layers, LayerSpec
+from tekfac_jax._optimizer.options import Options
+from tekfac_jax._state.layout import LayerState
+
+_MOST_TRIALS = 2**27  # steps times offsets, for each layer: a fraction of a second
+
+
+_EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
+
+
+def is_due(step: jax.Array, offset: Any, interval: Any, *, early: bool) -> jax.Array:
+    """Whether a refresh is due: once in an interval, with `early` also at step 1, 2, 4, ...
+
+    The latter within the first interval, whatever the offset: the first statistics, in which all
+    layers share, are those of step 0.
+    """
+    due = (step - offset) % interval == 0
+    if early:
+        power_of_two = (step > 0) & (step & (step - 1) == 0)
+        due |= power_of_two & (step < interval)
+    return due
+
+
+def offsets(
+    layers: Layers, factor_interval: int, eigenbasis_interval: int, rescaling_interval: int
+) -> dict[str, int]:
+    """For each layer the step at which its refreshes are due, counted modulo each interval.
+
+    One offset for all three, so that they keep the paper's order. The most expensive layer first,
+    each where the busiest of the steps that it falls on is least busy, by flop count.
+
+    Raises:
+        ValueError: the intervals have too many steps in common.
+    """
+    intervals = (factor_interval, eigenbasis_interval, rescaling_interval)
+    cycle = math.lcm(*intervals)
+    if cycle * max(intervals) > _MOST_TRIALS:
+        raise ValueError(
+            f"stagger=True lays out {cycle:,} steps, the least common multiple of the intervals "
+            f"{intervals}, in {max(intervals):,} ways, more than can be tried: choose shorter "
+            "intervals, or such as divide each other (50, 50, 200)"
+        )
+    load = np.zeros(cycle)
+    costs = {path: _costs(spec) for path, spec in layers.items()}
+    found = {}
+    for path in sorted(costs, key=lambda path: -sum(costs[path])):
+        options = []
+        for offset in range(max(intervals)):
+            own = np.zeros(cycle)
+            for cost, interval in zip(costs[path], intervals, strict=True):
+                own[offset % interval :: interval] += cost
+            options.append((np.max(np.where(own > 0, load + own, 0)), offset, own))
+        _, offset, own = min(options, key=lambda option: option[:2])
+        load += own
+        found[path] = offset
+    return found
+
+
+def _costs(spec: LayerSpec) -> tuple[float, float, float]:
+    """Flop of factors, decompositions and Θ."""
+    t, i, o, lead = spec.positions, spec.in_dim, spec.out_dim, math.prod(spec.lead)
+    if not spec.has_input_basis:  # of an embedding's rows an example names no more than positions
+        i = min(i, t)
+    factors = 2 * (factor_order(t, i, o).cost(t, i, o) if t > 1 else i**2 + o**2)
+    rescaling = 2 * (rescaling_order(t, i, o, i, o).cost(t, i, o, i, o))
+    decompositions = 9 * (i**3 * spec.has_input_basis + o**3)
+    return lead * _EXAMPLES * factors, lead * decompositions, lead * _EXAMPLES * rescaling
+
+
+def _next_due(
+    count: jax.Array, layers: dict[str, LayerState], options: Options, offset: Mapping[str, int]
+) -> jax.Array:
+    intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
+    own = jnp.asarray(sorted(set(offset.values())), count.dtype)
+    early = options.early_refreshes
+    due = [jnp.any(is_due(count, own, interval, early=early)) for interval in intervals]
+    missing = [
+        jnp.any(~layer.basis_valid | (layer.theta_weight == 0) | (layer.factor_weight == 0))
+        for layer in layers.values()
+    ]
+    return jnp.any(jnp.stack([*due, *missing]))

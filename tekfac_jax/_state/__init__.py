@@ -1,0 +1,4 @@
+"""What the optimizer remembers: making, reading, checking and saving it.
+
+Imports `_curvature` and `_layers`.
+"""
