@@ -8,8 +8,6 @@ import numpy as np
 from jax.core import Tracer
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-
-
 LARGEST_INTEGER = 2**31 - 1  # what is counted, steps and examples, is counted in int32
 
 

@@ -27,7 +27,6 @@ except ImportError as _error:
     raise ImportError("tekfac_jax.plot needs Matplotlib: pip install matplotlib") from _error
 
 __all__ = ["health", "history", "spectra"]
-
 _DIGITS = re.compile(r"(\d+)")
 _COLUMNS = 4
 _COLORS = 10  # of Matplotlib's cycle; more layers are coloured by their depth

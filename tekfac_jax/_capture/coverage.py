@@ -14,11 +14,7 @@ from tekfac_jax._tracing.recorder import Call
 from tekfac_jax._tracing.trace import Trace
 
 _AVERAGES = "no parameter: pass variables['params'] alone as argument 0"
-
-
 UNSEEN = "no supported layer was seen to use it as its own"
-
-
 Skip = str | Callable[[str], bool] | None
 
 

@@ -69,6 +69,8 @@ def find_layers(
 
 
 # --- checks ----------------------------------------------------------------------------------
+
+
 def _check_keywords(fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     """Raises for an option of `value_grad_and_stats` that would be passed on to `fn`."""
     try:

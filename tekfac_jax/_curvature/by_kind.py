@@ -4,17 +4,14 @@ import math
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 
 from tekfac_jax._curvature import cost, dense, embedding, normalisation
 from tekfac_jax._curvature.chunks import Contraction, positions_of
 from tekfac_jax._curvature.dense import Rescaling
-from tekfac_jax._layers.spec import LayerSpec, keeps_all
+from tekfac_jax._layers.spec import LayerSpec
 from tekfac_jax._layers.statistics import Capture, FactorKind
 
 _FORMED = 2**24  # numbers that the G_n of a batch may take up
-
-
 FORMED_IN_ALL = 2**27  # and those of all layers, where they are kept at the same time
 
 
@@ -41,11 +38,7 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
         return dense.squared_norms(a, u)
 
     def contract(a: jax.Array, u: jax.Array) -> Rescaling:
-        found = theta(a, u)
-        kept = jnp.sum(found, axis=(-2, -1))
-        if keeps_all(spec, found.shape):
-            return Rescaling(found, jnp.zeros_like(kept))
-        return Rescaling(found, norms(a, u) - kept)
+        return dense.with_rest(spec, theta(a, u), lambda: norms(a, u))
 
     return contract
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,32 +11,29 @@ from jax import lax
 from tekfac_jax._curvature.normal_form import normal_form
 from tekfac_jax._layers.spec import LayerSpec, zeros_like
 from tekfac_jax._layers.statistics import Capture
+from tekfac_jax._layers.types import DType, PyTree
+
+T = TypeVar("T")
 
 # Examples handled at once, where memory allows, and the numbers that they may take up.
 _EXAMPLES_CPU = 8
-
-
 _EXAMPLES = 32
-
-
 _NUMBERS = 2**26
-
 
 # So many numbers are handled at once, of however many examples: a loop would only take compiling.
 _NO_LOOP = 2**21
 
-
 # From `a` [*lead, n, t, in[+1]] and `u` [*lead, n, t, out] to sums over the n examples.
-Contraction = Callable[[jax.Array, jax.Array], Any]
+Contraction: TypeAlias = Callable[[jax.Array, jax.Array], T]
 
 
 def sum_over_examples(
-    contract: Contraction,
+    contract: Contraction[T],
     spec: LayerSpec,
     captures: Sequence[Capture],
     scale: jax.Array,
-    dtype: Any,
-) -> Any:
+    dtype: DType,
+) -> T:
     """Applies a contraction to a layer's captures, a chunk of examples at a time.
 
     Args:
@@ -62,7 +59,7 @@ def map_over_examples(
     spec: LayerSpec,
     captures: Sequence[Capture],
     scale: jax.Array,
-    dtype: Any,
+    dtype: DType,
 ) -> jax.Array:
     """The same for a function that gives an array [*lead, n, ...]: one for all examples."""
     of_chunk = _on_captures(function, spec, scale, dtype)
@@ -76,7 +73,7 @@ def map_over_examples(
     return whole if last is None else jnp.concatenate([whole, of_chunk(last)], axis=axis)
 
 
-def sum_in_chunks(function: Callable[[Any], Any], arrays: Any, axis: int, size: int) -> Any:
+def sum_in_chunks(function: Callable[[PyTree], T], arrays: PyTree, axis: int, size: int) -> T:
     """Σ function(chunk) over chunks of at most `size` along an axis of all arrays."""
     first, last = _split(arrays, axis, size)
     if first is None:
@@ -87,18 +84,18 @@ def sum_in_chunks(function: Callable[[Any], Any], arrays: Any, axis: int, size: 
     else:
         start = function(last)
 
-    def add(total: Any, chunk: Any) -> tuple[Any, None]:
+    def add(total: T, chunk: PyTree) -> tuple[T, None]:
         return jax.tree.map(jnp.add, total, function(chunk)), None
 
     return lax.scan(add, start, first)[0]
 
 
 def _on_captures(
-    contract: Callable[[jax.Array, jax.Array], Any], spec: LayerSpec, scale: jax.Array, dtype: Any
-) -> Callable[[Sequence[Capture]], Any]:
+    contract: Contraction[T], spec: LayerSpec, scale: jax.Array, dtype: DType
+) -> Callable[[Sequence[Capture]], T]:
     """A function of `a` and `u` as one of captures."""
 
-    def on_captures(chunk: Sequence[Capture]) -> Any:
+    def on_captures(chunk: Sequence[Capture]) -> T:
         scaled = [Capture(c.a, c.u.astype(dtype) * scale.astype(dtype)) for c in chunk]
         forms = [normal_form(spec, capture, dtype) for capture in scaled]
         a = jnp.concatenate([a for a, _ in forms], axis=-2)
@@ -108,7 +105,7 @@ def _on_captures(
     return on_captures
 
 
-def _split(arrays: Any, axis: int, size: int) -> tuple[Any, Any]:
+def _split(arrays: PyTree, axis: int, size: int) -> tuple[PyTree, PyTree]:
     """Equal chunks, stacked, and what remains; None: there are no such."""
     n = jax.tree.leaves(arrays)[0].shape[axis]
     size = -(-n // -(-n // size))  # as even as can be

@@ -9,29 +9,17 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from tekfac_jax._curvature.eigenbasis import matrix_trace
+from tekfac_jax._curvature.eigenbasis import HIGHEST, matrix_trace
 from tekfac_jax._layers.spec import zeros_like
-
-HIGHEST = lax.Precision.HIGHEST
-
 
 # A factor of so few rows is decomposed in closed form.
 SMALL = 2
 
-
 # A basis Q of Φ is good enough where ‖ΦQ − QΛ‖ is at most this share of ‖Φ‖, Λ = diag(QᵀΦQ).
 TOLERANCE = 0.01
-
-
 _SMALL_EIGH = 256  # of so many rows `eigh` takes few milliseconds, and less to compile
-
-
 _PASSES = 2  # of subspace iteration, before a decomposition from scratch
-
-
 _PROBES = 4  # random directions in which eigenvectors that are missing are looked for
-
-
 Method = Literal["eigh", "subspace", "auto"]
 
 

@@ -18,15 +18,11 @@ from jaxtyping import Array, Float
 
 from tekfac_jax._curvature.chunks import on_cpu
 from tekfac_jax._curvature.cost import factor_order, rescaling_order
-from tekfac_jax._layers.spec import zeros_like
-
-HIGHEST = lax.Precision.HIGHEST
-
+from tekfac_jax._curvature.eigenbasis import HIGHEST
+from tekfac_jax._layers.spec import LayerSpec, keeps_all, zeros_like
 
 # Of so few positions Σ (Σ_t a_t u_tᵀ)² is one matrix product over pairs of positions.
 _FEW = 4
-
-
 _BLOCK = 256  # rows of a matrix product that still runs near the peak
 
 
@@ -196,6 +192,16 @@ class Rescaling(NamedTuple):
 
     theta: jax.Array
     rest: jax.Array
+
+
+def with_rest(
+    spec: LayerSpec, theta: Float[Array, "*lead r p"], trace: Callable[[], Float[Array, "*lead"]]
+) -> Rescaling:
+    """Θ, and what of the trace lies outside of its columns; `trace` is called if some are left out."""
+    kept = jnp.sum(theta, axis=(-2, -1))
+    if keeps_all(spec, theta.shape):
+        return Rescaling(theta, jnp.zeros_like(kept))
+    return Rescaling(theta, trace() - kept)
 
 
 def squared_norms(

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from tekfac_jax._curvature import dense
 from tekfac_jax._curvature.chunks import Contraction
-from tekfac_jax._curvature.dense import HIGHEST, Factors
+from tekfac_jax._curvature.dense import Factors
+from tekfac_jax._curvature.eigenbasis import HIGHEST
 from tekfac_jax._curvature.normal_form import row_numbers
 
 

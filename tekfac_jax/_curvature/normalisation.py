@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tekfac_jax._curvature.chunks import Contraction
-from tekfac_jax._curvature.dense import HIGHEST, Factors
+from tekfac_jax._curvature.dense import Factors
+from tekfac_jax._curvature.eigenbasis import HIGHEST
 
 
 def contractions(use_bias: bool) -> dict[str, Contraction]:

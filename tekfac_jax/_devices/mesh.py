@@ -9,10 +9,14 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tekfac_jax._layers.spec import Layers, check_layers
-from tekfac_jax._layers.statistics import Statistics
+from tekfac_jax._layers.statistics import Statistics, StatisticsOfBatch
+from tekfac_jax._layers.types import AxisName
 from tekfac_jax._state.folding import FOLD, SQUARES, folded, is_folded, unfolded
 from tekfac_jax._state.initial import initial_state
 from tekfac_jax._state.layout import LayerState
+
+States = dict[str, LayerState]
+Refresh = Callable[[jax.Array, States, StatisticsOfBatch | None, jax.Array], States]
 
 
 def opt_state_sharding(
@@ -83,39 +87,55 @@ def _specs(layer: LayerState, axis: Any) -> Any:
 
 
 def over_mesh(
-    refresh: Callable[..., Any],
+    refresh: Refresh,
     layers: Layers,
     *,
+    due: jax.Array,
     mesh: jax.sharding.Mesh,
-    mesh_axis: Any,
+    mesh_axis: AxisName,
     shard_state: bool,
-) -> Callable[..., Any]:
-    """`refresh`, run by each device of a mesh on its part of the batch (and of the state)."""
-    axis, whole = mesh_axis, PartitionSpec()
+) -> Refresh:
+    """`refresh`, run by each device of a mesh on its part of the batch (and of the state).
 
-    def gathered(step: Any, due: Any, states: Any, stats: Any, examples: Any) -> Any:
-        """Of a divided state the whole is together while something is refreshed, only then."""
+    Args:
+        refresh: function of the step, the states, the statistics and the number of examples.
+        layers: of the whole network.
+        due: whether anything will be refreshed; only then is a divided state gathered.
+        mesh: the devices.
+        mesh_axis: the axes that divide the batch.
+        shard_state: whether they divide the state too.
+    """
 
-        def run(states: dict[str, LayerState]) -> dict[str, LayerState]:
-            together = _gather_parts(states, axis)
-            return _own_parts(refresh(step, due, together, stats, examples), axis)
+    def gathered(
+        step: jax.Array, states: States, stats: StatisticsOfBatch | None, examples: jax.Array,
+        due: jax.Array,
+    ) -> States:  # fmt: skip
+        if not shard_state:
+            return refresh(step, states, stats, examples)
+
+        def run(states: States) -> States:
+            together = _gather_parts(states, mesh_axis)
+            return _own_parts(refresh(step, together, stats, examples), mesh_axis)
 
         return lax.cond(due, run, lambda states: states, states)
 
-    def wrapped(step: Any, due: Any, states: Any, stats: Any, examples: Any) -> Any:
-        specs = {path: _specs(layer, axis) for path, layer in states.items()}
-        stats_specs = specs_of_statistics(stats, layers, mesh, axis)
+    def wrapped(
+        step: jax.Array, states: States, stats: StatisticsOfBatch | None, examples: jax.Array
+    ) -> States:
+        whole = PartitionSpec()
+        specs = {path: _specs(layer, mesh_axis) for path, layer in states.items()}
+        stats_specs = specs_of_statistics(stats, layers, mesh, mesh_axis)
         run = jax.shard_map(
-            gathered if shard_state else refresh, mesh=mesh,
-            in_specs=(whole, whole, specs, stats_specs, whole), out_specs=specs,
-            axis_names=set(axis_names(axis)), check_vma=False,
+            gathered, mesh=mesh,
+            in_specs=(whole, specs, stats_specs, whole, whole), out_specs=specs,
+            axis_names=set(axis_names(mesh_axis)), check_vma=False,
         )  # fmt: skip
-        return run(step, due, states, stats, examples)
+        return run(step, states, stats, examples, due)
 
     return wrapped
 
 
-def _gather_parts(states: dict[str, LayerState], axis: Any) -> dict[str, LayerState]:
+def _gather_parts(states: States, axis: Any) -> States:
     """The whole matrices, from each device's part of the folded ones."""
 
     def whole(layer: LayerState) -> LayerState:
@@ -125,7 +145,7 @@ def _gather_parts(states: dict[str, LayerState], axis: Any) -> dict[str, LayerSt
     return {path: whole(layer) for path, layer in states.items()}
 
 
-def _own_parts(states: dict[str, LayerState], axis: Any) -> dict[str, LayerState]:
+def _own_parts(states: States, axis: Any) -> States:
     """Each device's part of the matrices, folded."""
     devices, own = int(lax.psum(1, axis)), lax.axis_index(axis)
 

@@ -21,8 +21,6 @@ import jax.numpy as jnp
 from jax import lax
 
 Kind = Literal["dense", "conv", "embed", "norm"]
-
-
 Padding = str | tuple[tuple[int, int], ...]
 
 

@@ -1,7 +1,7 @@
-"""TODO: _layers/statistics"""
+"""The data that capture hands to the optimizer."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 
@@ -45,8 +45,10 @@ class Reduced(NamedTuple):
 
     phi: jax.Array  # (*lead, i, i); of an embedding (*lead, i)
     psi: jax.Array  # (*lead, o, o)
-    theta: Any  # (*lead, i, o) in the columns of the basis that was given; None without one
-    rest: Any = None  # (*lead) the trace outside of these columns
+    theta: (
+        jax.Array | None
+    )  # (*lead, i, o) in the columns of the basis that was given; None without one
+    rest: jax.Array | None = None  # (*lead) the trace outside of these columns
 
 
 @jax.tree_util.register_dataclass
@@ -65,3 +67,6 @@ class ReducedStatistics:
     layers: dict[str, Reduced]
     examples: jax.Array
     factors: FactorKind = dataclasses.field(metadata={"static": True})
+
+
+StatisticsOfBatch: TypeAlias = Statistics | ReducedStatistics

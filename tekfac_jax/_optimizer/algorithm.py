@@ -1,6 +1,6 @@
-"""`scale_by_tekfac` and its siblings: Algorithm 1 of the paper, in the paper's order.
+"""Algorithm 1 of the paper (Gao et al., arXiv:2011.13609), in its order.
 
-F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ, with one machine for the family of four and two switches:
+F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ: one algorithm for the family of four, with two switches.
 
 |                            | plain factors A, U | trace-restricted factors Φ, Ψ |
 |----------------------------|--------------------|-------------------------------|
@@ -9,59 +9,53 @@ F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ, with one machine for the fami
 """
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from tekfac_jax._curvature.eigenbasis import precondition
-from tekfac_jax._curvature.equal_shapes import by_shape
 from tekfac_jax._devices.collectives import Devices, devices_of
 from tekfac_jax._devices.mesh import keep_folded, over_mesh
 from tekfac_jax._layers.matrices import from_matrices, to_matrices
 from tekfac_jax._layers.spec import Layers
-from tekfac_jax._layers.statistics import ReducedStatistics, Statistics
-from tekfac_jax._optimizer.batch import read_batch, sampled
-from tekfac_jax._optimizer.check_statistics import check_reduced
-from tekfac_jax._optimizer.damping import by_factors, layer_dampings
-from tekfac_jax._optimizer.family import Member, _meaning, kind_of_factors
+from tekfac_jax._layers.statistics import Statistics, StatisticsOfBatch
+from tekfac_jax._layers.types import Params
+from tekfac_jax._optimizer.batch import read_batch
+from tekfac_jax._optimizer.damping import layer_dampings
+from tekfac_jax._optimizer.family import ThetaFrom, state_kind, theta_from
 from tekfac_jax._optimizer.options import Options
-from tekfac_jax._optimizer.precondition import _direction, _has_fallen_back
+from tekfac_jax._optimizer.precondition import has_fallen_back, precondition
 from tekfac_jax._optimizer.refresh import (
-    Tools,
+    Group,
+    Held,
+    any_due,
+    contexts_of,
+    form_gradients_once,
+    groups_of,
     update_eigenbases,
     update_factors,
-    update_layers,
     update_rescaling,
-    update_running_rescaling,
 )
-from tekfac_jax._optimizer.schedule import _next_due, offsets
-from tekfac_jax._optimizer.sums import Captured, Source, Summed
+from tekfac_jax._optimizer.schedule import layer_offsets, next_due
+from tekfac_jax._optimizer.spectrum import spectrum_of
+from tekfac_jax._optimizer.sums import FromMiniBatch, Source, sources_of
+from tekfac_jax._state.family import Member
 from tekfac_jax._state.folding import unfolded
 from tekfac_jax._state.initial import initial_state
-from tekfac_jax._state.layout import (
-    LayerState,
-    ScaleByTekfacState,
-    debiased,
-    is_valid,
-    trace_of_theta,
-)
+from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
 from tekfac_jax._state.recognise import check_state_fits
 
 
-# --- Algorithm 1 -----------------------------------------------------------------------------
-def _algorithm(
+def algorithm(
     layers: Layers, member: Member, options: Options
 ) -> optax.GradientTransformationExtraArgs:
-    offset = dict.fromkeys(layers, 0)
-    if options.stagger:
-        offset = offsets(
-            layers, options.factor_interval, options.eigenbasis_interval, options.rescaling_interval
-        )
+    """The transformation of one member of the family."""
+    offsets = layer_offsets(layers, options)
+    kind = state_kind(member, options)
 
-    def init(params: Any) -> ScaleByTekfacState:
+    def init(params: Params) -> ScaleByTekfacState:
         del params  # the structure comes from `layers`: optax calls init with placeholders
         return initial_state(
             layers,
@@ -69,133 +63,101 @@ def _algorithm(
             basis_rank=options.basis_rank,
             max_dim=options.max_dim,
             fold=options.shard_state,
-            meaning=_meaning(member, options),
+            kind=kind,
         )
 
     @functools.cache
-    def expected_state() -> Any:
-        return jax.eval_shape(init, None)._replace(meaning=_meaning(member, options))
+    def expected_state() -> ScaleByTekfacState:
+        return jax.eval_shape(init, None)._replace(meaning=kind)
 
     def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
+        updates: Params,
+        state: ScaleByTekfacState,
+        params: Params = None,
         *,
-        stats: Statistics | ReducedStatistics | None = None,
+        stats: StatisticsOfBatch | None = None,
         batch_size: int | jax.Array | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, ScaleByTekfacState]:
+        **extra_args: object,
+    ) -> tuple[Params, ScaleByTekfacState]:
         del params, extra_args
+        # What comes in belongs to these layers.
         check_state_fits(state, expected_state())
         gradients = to_matrices(updates, layers)
-        running = member.measured and options.rescaling == "running"
-        batch = read_batch(
-            stats, batch_size, layers, options.axis_name, required=running, plain=member.plain
-        )
-        if isinstance(stats, ReducedStatistics):
-            if options.statistics_examples is not None:
-                raise ValueError(
-                    "statistics_examples= is for raw statistics: reduced ones are sums over the "
-                    "whole batch already; leave one of the two out"
-                )
-            theta_shapes = None
-            if member.measured and not running:
-                theta_shapes = {path: layer.theta.shape for path, layer in state.layers.items()}
-            check_reduced(stats, layers, kind_of_factors(member, options), theta_shapes)
-        refresh = functools.partial(_refresh_curvature, layers, member, options, offset)
+        batch = read_batch(stats, batch_size, layers, member, options, state.layers)
+
+        # The curvature: Φ and Ψ, Q_Φ and Q_Ψ, and Θ, each where it is due.
+        refresh = functools.partial(_refresh, layers, member, options, offsets)
         if options.mesh is not None:
             refresh = over_mesh(
-                refresh, layers, mesh=options.mesh, mesh_axis=options.mesh_axis,
+                refresh, layers, due=state.due, mesh=options.mesh, mesh_axis=options.mesh_axis,
                 shard_state=options.shard_state,
             )  # fmt: skip
-        kept = refresh(state.count, state.due, state.layers, stats, batch.summed)
-        new = {path: unfolded(layer) for path, layer in kept.items()}
-        if running:
-            for path, gradient in gradients.items():
-                tools = Tools(layers[path], member, options, state.count, Devices(), offset[path])
-                new[path] = update_running_rescaling(tools, new[path], gradient, batch)
+        kept = refresh(state.count, state.layers, stats, batch.summed)
+        held = {path: unfolded(layer) for path, layer in kept.items()}
+        if theta_from(member, options, stats) == "mini-batch":
+            contexts = contexts_of(layers, member, options, offsets, state.count, Devices())
+            sources = {path: FromMiniBatch(g, batch) for path, g in gradients.items()}
+            held |= update_rescaling({path: contexts[path] for path in gradients}, held, sources)
 
-        theta = {path: debiased(layer.theta, layer.theta_weight) for path, layer in new.items()}
-        rest = {path: debiased(layer.rest, layer.theta_weight) for path, layer in new.items()}
-        trace = {path: trace_of_theta(layer) for path, layer in new.items()}
-        valid = {path: is_valid(layer) for path, layer in new.items()}
-        damping = layer_dampings(
-            layers, trace, valid,
-            damping=options.damping, trace_floor=options.trace_floor,
-            damping_scale=options.damping_scale, fc_damping=options.fc_damping,
-        )  # fmt: skip
-        if options.damping_form == "factored":
-            theta = {p: by_factors(theta[p], damping[p], plain=member.plain) for p in layers}
-        operands = {
-            path: (
-                gradient.astype(theta[path].dtype), new[path].q_phi, new[path].q_psi,
-                theta[path], rest[path], damping[path],
-            )
-            for path, gradient in gradients.items()
-        }  # fmt: skip
-        with jax.named_scope("tekfac precondition"):
-            natural = by_shape(precondition, operands)
-        fallen_back = {path: _has_fallen_back(layer, options) for path, layer in new.items()}
-        directions = {
-            path: _direction(
-                g, natural[path], trace[path], damping[path], valid[path], fallen_back[path]
-            )
-            for path, g in gradients.items()
+        # The step: in the eigenbasis the damped curvature is diagonal.
+        spectra = {path: spectrum_of(layer) for path, layer in held.items()}
+        damping = layer_dampings(layers, spectra, options)  # λ                     Eq. 3.4, 3.5
+        held = {
+            path: layer._replace(damping=damping[path], fallen_back=has_fallen_back(layer, options))
+            for path, layer in held.items()
         }
-        new = {
-            path: keep_folded(layer, kept[path])._replace(
-                damping=damping[path], fallen_back=fallen_back[path]
-            )
-            for path, layer in new.items()
-        }
+        directions = precondition(gradients, held, spectra, member, options)  # Eq. 3.9
 
+        # What is remembered; the matrices as they are kept, folded or not.
+        new = {path: keep_folded(layer, kept[path]) for path, layer in held.items()}
         count = jnp.asarray(optax.safe_increment(state.count))
+        due = next_due(count, new, options, offsets)
         return (
             from_matrices(updates, layers, directions),
-            ScaleByTekfacState(count, _next_due(count, new, options, offset), new, state.meaning),
+            ScaleByTekfacState(count, due, new, state.meaning),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _refresh_curvature(
+def _refresh(
     layers: Layers,
     member: Member,
     options: Options,
-    offset: Mapping[str, int],
+    offsets: Mapping[str, int],
     step: jax.Array,
-    due: jax.Array,
-    states: dict[str, LayerState],
-    stats: Statistics | ReducedStatistics | None,
+    held: Held,
+    stats: StatisticsOfBatch | None,
     examples: jax.Array,
 ) -> dict[str, LayerState]:
-    """Factors, then the eigenbasis, then Θ in the new basis, each where it is due."""
-    del due  # each refresh knows by itself
+    """The curvature of all layers, refreshed group by group from the statistics of this device."""
+    new = dict(held)
+    if stats is None:
+        return new
     axis_name = options.axis_name if options.mesh is None else options.mesh_axis
     # Over a mesh reduced statistics are sums over the whole batch already.
     is_split = options.mesh is None or isinstance(stats, Statistics)
     devices = devices_of(layers, axis_name, split=is_split)
-    tools = {
-        path: Tools(spec, member, options, step, devices, offset[path])
-        for path, spec in layers.items()
-    }
-    new = dict(states)
-
-    def each(update: Callable[..., LayerState], sources: Mapping[str, Source]) -> None:
-        new.update({path: update(tools[path], new[path], sources[path]) for path in layers})
-
-    if isinstance(stats, Statistics):
-        captured = {}
-        for path, spec in layers.items():
-            some, share = sampled(stats.layers[path], spec, options.statistics_examples)
-            captured[path] = Captured(some, stats.scale, share * examples)
-        return update_layers(tools, new, captured)
-    if stats is not None:  # Θ was measured in the old basis
-        summed = {path: Summed(reduced, examples) for path, reduced in stats.layers.items()}
-        if member.measured:
-            each(update_rescaling, summed)
-        each(update_factors, summed)
-        new.update(update_eigenbases(tools, new))
-        if not member.measured:
-            each(update_rescaling, summed)
+    contexts = contexts_of(layers, member, options, offsets, step, devices)
+    sources = sources_of(stats, layers, options, examples)
+    for group in groups_of(contexts):
+        own = {path: held[path] for path in group}
+        refresh = functools.partial(
+            _refresh_group, group, sources=sources, theta=theta_from(member, options, stats)
+        )
+        new |= lax.cond(any_due(group, own), refresh, lambda own: own, own)
     return new
+
+
+def _refresh_group(
+    group: Group, held: Held, *, sources: Mapping[str, Source], theta: ThetaFrom
+) -> Held:
+    """Algorithm 1 up to the step, for layers that are refreshed together."""
+    sources = form_gradients_once(group, held, sources)
+    if theta == "old basis":
+        held = update_rescaling(group, held, sources)
+    held = update_factors(group, held, sources)  # every T_FIM: Φ, Ψ              Eq. 2.10, 3.7, 3.8
+    held = update_eigenbases(group, held)  # every T_EIG: Q_Φ, Q_Ψ; Θ moves along           Eq. 3.1
+    if theta == "new basis":
+        held = update_rescaling(group, held, sources)  # every T_RE: Θ               Eq. 3.2, 3.6
+    return held

@@ -1,7 +1,8 @@
 """What comes into an update besides the gradient: the statistics, checked, and their batch."""
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,16 @@ from jax import lax
 
 from tekfac_jax._arguments import check_number
 from tekfac_jax._layers.spec import Layers, LayerSpec
-from tekfac_jax._layers.statistics import Capture, ReducedStatistics, Statistics
-from tekfac_jax._optimizer.check_statistics import _check_bound, _check_captures, _check_layers
-
-Given = Statistics | ReducedStatistics
+from tekfac_jax._layers.statistics import Capture, ReducedStatistics, StatisticsOfBatch
+from tekfac_jax._optimizer.check_statistics import (
+    check_bound,
+    check_statistics,
+    number_captured,
+)
+from tekfac_jax._optimizer.family import theta_from
+from tekfac_jax._optimizer.options import Options
+from tekfac_jax._state.family import Member
+from tekfac_jax._state.layout import LayerState
 
 
 class Batch(NamedTuple):
@@ -24,54 +31,62 @@ class Batch(NamedTuple):
 
 
 def read_batch(
-    stats: Given | None,
+    stats: StatisticsOfBatch | None,
     batch_size: int | jax.Array | None,
     layers: Layers,
-    axis_name: Any,
-    *,
-    required: bool,
-    plain: bool,
+    member: Member,
+    options: Options,
+    states: Mapping[str, LayerState],
 ) -> Batch:
-    """The batch that the statistics are of, or, without statistics, that `batch_size` gives.
+    """The batch that the statistics are of, or, without statistics, the one `batch_size` gives.
 
-    With `plain` factors every capture counts, or none: their A does not see the loss, and so not
-    which examples are multiplied by zero, nor that one stands for several columns of a Fisher root.
+    With plain factors every capture must count: their A does not see the loss, and so neither which
+    examples are multiplied by zero nor that one stands for several columns of a Fisher root.
 
     Raises:
-        ValueError: `required` and neither is given; statistics of other layers; `axis_name` is no
-            axis that this runs under.
+        ValueError: Θ needs a batch size and neither argument gives one; the statistics are of
+            other layers or of another kind than this transformation needs; this does not run under
+            `axis_name`.
     """
-    _check_bound(axis_name)
+    check_bound(options.axis_name)
     if batch_size is not None:
         check_number("batch_size", batch_size, 0, math.inf, "examples in the batch", open_low=True)
+    needs_size = theta_from(member, options, stats) == "mini-batch" and batch_size is None
+
     if stats is None:
-        if batch_size is None and required:
+        if needs_size:
             raise ValueError(
                 'rescaling="running" needs the number of examples in the batch: pass stats=, or '
                 "batch_size= to update"
             )
         size = jnp.asarray(1 if batch_size is None else batch_size)
         return Batch(size, jnp.asarray(1.0), size)
-    _check_layers(stats, layers)
+
+    check_statistics(stats, layers, member, options, states)
     if isinstance(stats, ReducedStatistics):
-        if required and batch_size is None:
+        if needs_size:
             raise ValueError(
                 'rescaling="running" with reduced statistics needs the size of the batch that the '
                 "gradient is of: pass batch_size= to update"
             )
-        total = stats.examples if axis_name is None else lax.psum(stats.examples, axis_name)
+        total = _over_devices(stats.examples, options)
         size = total if batch_size is None else jnp.asarray(batch_size)
         return Batch(size, jnp.asarray(1.0), total)
-    captured = _check_captures(stats, layers)
+
+    captured = number_captured(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
-    # Not a number, so that no curvature comes of what was added up; `failures` counts it.
-    unusable = local != captured if plain else local > captured
+    # NaN: the update must fail and be counted where captures were added up or do not all count.
+    unusable = local != captured if member.plain else local > captured
     if stats.parts is not None:
         unusable |= stats.parts != 1
     local = jnp.where(unusable, jnp.nan, local)
-    total = local if axis_name is None else lax.psum(local, axis_name)
+    total = _over_devices(local, options)
     return Batch(total, stats.scale / local, total)
+
+
+def _over_devices(examples: jax.Array, options: Options) -> jax.Array:
+    return examples if options.axis_name is None else lax.psum(examples, options.axis_name)
 
 
 def sampled(

@@ -1,7 +1,7 @@
-"""TODO: _optimizer/check_statistics"""
+"""Raises for statistics that do not belong to a transformation: each error names the remedy."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -12,73 +12,93 @@ from tekfac_jax._curvature.normal_form import is_attend
 from tekfac_jax._layers.spec import Layers, LayerSpec, call_positions
 from tekfac_jax._layers.statistics import (
     Capture,
-    FactorKind,
     Reduced,
     ReducedStatistics,
     Statistics,
+    StatisticsOfBatch,
 )
+from tekfac_jax._layers.types import AxisName
+from tekfac_jax._optimizer.family import kind_of_factors, theta_from
+from tekfac_jax._optimizer.options import Options
+from tekfac_jax._state.family import Member
+from tekfac_jax._state.layout import LayerState
 
 
-def _check_bound(axis_name: Any) -> None:
-    """Raises unless this is traced under an axis of that name, or axes."""
+def check_bound(axis_name: AxisName | None) -> None:
+    """Raises unless this is traced under an axis of that name, or under all of several."""
     if axis_name is None:
         return
     try:
         lax.axis_size(axis_name)
     except NameError as error:
         raise ValueError(
-            f"axis_name={axis_name!r} is no axis that this update runs under: call it inside of "
-            "pmap or shard_map with that axis, or leave axis_name out"
+            f"update does not run under the axis axis_name={axis_name!r}: call it inside pmap or "
+            "shard_map with that axis, or leave axis_name out"
         ) from error
 
 
-def check_reduced(
-    stats: ReducedStatistics,
+def check_statistics(
+    stats: StatisticsOfBatch,
     layers: Layers,
-    factors: FactorKind,
-    theta: Mapping[str, tuple[int, ...]] | None,
+    member: Member,
+    options: Options,
+    states: Mapping[str, LayerState],
 ) -> None:
-    """Raises if reduced statistics are not what a transformation needs.
-
-    `theta` holds the shape of each layer's Θ, or is None where Θ is not used.
-    """
+    """Raises unless the statistics are of these layers and of the kind the transformation needs."""
+    _check_layers(stats, layers)
+    if not isinstance(stats, ReducedStatistics):
+        return
+    if options.statistics_examples is not None:
+        raise ValueError(
+            "statistics_examples= is for raw statistics: reduced ones are sums over the whole "
+            "batch already; leave one of the two out"
+        )
+    factors = kind_of_factors(member, options)
     if stats.factors != factors:
         raise ValueError(
             f'stats hold "{stats.factors}" factors, this transformation needs "{factors}": pass '
             f'factors="{factors}" to value_grad_and_stats'
         )
+    needs_theta = theta_from(member, options, stats) == "old basis"
     for path, spec in layers.items():
-        reduced = stats.layers[path]
-        if theta is not None and reduced.theta is None:
+        theta_shape = states[path].theta.shape if needs_theta else None
+        _check_reduced(path, spec, stats.layers[path], theta_shape)
+
+
+def _check_reduced(
+    path: str, spec: LayerSpec, reduced: Reduced, theta_shape: tuple[int, ...] | None
+) -> None:
+    """Raises unless the sums of a layer have its shapes; `theta_shape` is None without Θ."""
+    if theta_shape is not None and reduced.theta is None:
+        raise ValueError(
+            "stats lack Θ, which this transformation measures: pass opt_state= to the function "
+            'that value_grad_and_stats(..., mode="reduced") returns'
+        )
+    i, o, lead = spec.in_dim, spec.out_dim, spec.lead
+    shapes = {"phi": (*lead, i, i) if spec.has_input_basis else (*lead, i)}
+    shapes["psi"] = (*lead, o, o)
+    if theta_shape is not None:
+        shapes |= {"theta": theta_shape, "rest": lead}
+    for name, shape in shapes.items():
+        found = getattr(reduced, name)
+        if not _is_array(found):
             raise ValueError(
-                "stats lack Θ, which this transformation measures: pass opt_state= to the function "
-                'that value_grad_and_stats(..., mode="reduced") returns'
+                f"stats of layer {path!r} have a {type(found).__name__} for {name} instead of "
+                "an array of floating-point numbers, as value_grad_and_stats returns it"
             )
-        i, o, lead = spec.in_dim, spec.out_dim, spec.lead
-        shapes = {"phi": (*lead, i, i) if spec.has_input_basis else (*lead, i)}
-        shapes["psi"] = (*lead, o, o)
-        if theta is not None:
-            shapes |= {"theta": theta[path], "rest": lead}
-        for name, shape in shapes.items():
-            found = getattr(reduced, name)
-            if not _is_array(found):
-                raise ValueError(
-                    f"stats of layer {path!r} have a {type(found).__name__} for {name} instead of "
-                    "an array of floating-point numbers, as value_grad_and_stats returns it"
-                )
-            if found.shape != shape:
-                raise ValueError(
-                    f"stats of layer {path!r} have {name} of shape {found.shape}, the layer and "
-                    f"its state {shape}: call find_layers again"
-                )
+        if found.shape != shape:
+            raise ValueError(
+                f"stats of layer {path!r} have {name} of shape {found.shape}, the layer and "
+                f"its state {shape}: call find_layers again"
+            )
 
 
-def _check_layers(stats: Any, layers: Layers) -> None:
+def _check_layers(stats: object, layers: Layers) -> None:
     if not isinstance(stats, Statistics | ReducedStatistics):
         raise ValueError(
             f"stats must come from value_grad_and_stats or fisher_stats, got {type(stats).__name__}"
         )
-    scalars: list[Any] = [stats.examples]
+    scalars: list[object] = [stats.examples]
     if isinstance(stats, Statistics):
         optional = [x for x in (stats.examples, stats.parts) if x is not None]
         scalars = [stats.scale, *optional]
@@ -106,13 +126,13 @@ def _check_layers(stats: Any, layers: Layers) -> None:
             )
 
 
-def _is_array(x: Any) -> bool:
+def _is_array(x: object) -> TypeGuard[jax.Array]:
     return isinstance(x, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
         x.dtype, jnp.floating
     )
 
 
-def _check_captures(stats: Statistics, layers: Layers) -> int:
+def number_captured(stats: Statistics, layers: Layers) -> int:
     """Raises if captures do not fit their layers; returns how many examples were captured."""
     sizes = set()
     for path, spec in layers.items():

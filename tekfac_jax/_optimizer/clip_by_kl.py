@@ -1,7 +1,6 @@
-"""TODO: _optimizer/clip_by_kl"""
+"""A bound on how far one step may move the model's predictive distribution."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,16 @@ import optax
 
 from tekfac_jax._arguments import check_number, check_transformation
 from tekfac_jax._layers.paths import layer_path
+from tekfac_jax._layers.types import OptState, Params
+from tekfac_jax._optimizer.options import Number
 from tekfac_jax._state.layout import ClipByKlState, ScaleByTekfacState, is_valid
 from tekfac_jax._state.recognise import search
 
-LearningRate = optax.ScalarOrSchedule
-
 
 def clip_by_kl(
-    inner: optax.GradientTransformation, learning_rate: LearningRate, max_kl: Any = 1e-3
+    inner: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    max_kl: Number = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
     """Shrinks the step of `inner` where it would move the predictive distribution too far.
 
@@ -44,20 +45,20 @@ def clip_by_kl(
         [5. 5. 5. 5.]
     """
     check_number("max_kl", max_kl, 0, math.inf, "1e-3 is usual", open_low=True)
-    _check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate)
     check_transformation("inner", inner)
     inner = optax.with_extra_args_support(inner)
 
-    def init(params: Any) -> ClipByKlState:
+    def init(params: Params) -> ClipByKlState:
         dtype = jnp.result_type(float)
         return ClipByKlState(jnp.zeros((), jnp.int32), jnp.ones((), dtype), inner.init(params))
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ClipByKlState]:
+        updates: Params, state: ClipByKlState, params: Params = None, **extra_args: object
+    ) -> tuple[Params, ClipByKlState]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         counted = _counted(directions, inner_state)
-        eta: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         products = jax.tree.map(_inner_product, counted, directions, updates)
         total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
         eta, kappa = (jnp.asarray(x).astype(total.dtype) for x in (eta, max_kl))
@@ -71,7 +72,8 @@ def clip_by_kl(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_learning_rate(value: Any) -> None:
+def check_learning_rate(value: object) -> None:
+    """Raises unless it is a schedule or a number that is not negative."""
     if not callable(value):
         check_number("learning_rate", value, 0, math.inf, "or an optax schedule; pass η, not −η")
 
@@ -82,7 +84,7 @@ def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) ->
     return jnp.where(use, product, 0)
 
 
-def _counted(directions: Any, inner_state: Any) -> Any:
+def _counted(directions: Params, inner_state: OptState) -> Params:
     """For each leaf whether it was preconditioned with valid curvature, if only in part.
 
     In part: a feature of a normalisation that is dead has no curvature, all others have.

@@ -1,22 +1,14 @@
-"""How much damping each layer gets, and how far a step may move the model's distribution."""
+"""How much damping λ each layer gets, and what is added where the factors are damped instead."""
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from tekfac_jax._layers.spec import Layers, LayerSpec
-
-Damping = Literal["auto", "trace"] | float | jax.Array
-
-
-FcDamping = Literal["beta", "own"]
-
-
-DampingForm = Literal["exact", "factored"]
-
+from tekfac_jax._optimizer.options import Damping, Options
+from tekfac_jax._optimizer.spectrum import Spectrum
 
 FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
 
@@ -33,43 +25,30 @@ def trace_damping(spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | fl
 
 
 def layer_dampings(
-    layers: Layers,
-    trace: Mapping[str, jax.Array],
-    valid: Mapping[str, jax.Array],
-    *,
-    damping: Damping,
-    trace_floor: jax.Array | float,
-    damping_scale: jax.Array | float,
-    fc_damping: FcDamping,
+    layers: Layers, spectra: Mapping[str, Spectrum], options: Options
 ) -> dict[str, jax.Array]:
-    """λ of every layer, (*lead).
+    """λ of every layer, (*lead), by the options `damping`, `damping_scale` and `fc_damping`.
 
-    Args:
-        layers: all layers of the network.
-        trace: debiased tr Θ of each layer, with what lies outside of a truncated basis, (*lead).
-        valid: whether that Θ can be used, (*lead).
-        damping: ``"trace"`` (Eq. 3.5), a number (Eq. 3.4), or ``"auto"``: trace damping in a
-            network with conv layers, `FIXED_DAMPING` in another.
-        trace_floor: ϑ of Eq. 3.5.
-        damping_scale: multiplies each λ.
-        fc_damping: ``"beta"``: a Dense layer with one position in a network with conv layers
-            takes the largest λ of these, so that it keeps pace with them; ``"own"``: its own.
+    With ``damping="trace"`` it is `trace_damping` (Eq. 3.5), with a number that number (Eq. 3.4);
+    ``"auto"`` is trace damping in a network with conv layers and `FIXED_DAMPING` in another. With
+    ``fc_damping="beta"`` a Dense layer with one position in a network with conv layers takes the
+    largest λ of these, so that it keeps pace with them.
     """
     convs = _convolutions(layers)
-    if isinstance(damping, str):
-        damping = "trace" if follows_trace(layers, damping) else FIXED_DAMPING
+    by_trace = follows_trace(layers, options.damping)
+    fixed = FIXED_DAMPING if isinstance(options.damping, str) else options.damping
 
     def own(path: str) -> jax.Array:
-        dtype = trace[path].dtype
-        if isinstance(damping, str):
-            rule = trace_damping(layers[path], trace[path], trace_floor)
+        dtype = spectra[path].trace.dtype
+        if by_trace:
+            rule = trace_damping(layers[path], spectra[path].trace, options.trace_floor)
         else:
-            rule = jnp.asarray(damping, dtype)
-        return jnp.broadcast_to(rule * damping_scale, layers[path].lead).astype(dtype)
+            rule = jnp.asarray(fixed, dtype)
+        return jnp.broadcast_to(rule * options.damping_scale, layers[path].lead).astype(dtype)
 
     dampings = {path: own(path) for path in layers}
-    if fc_damping == "beta" and convs and isinstance(damping, str):
-        known = [jnp.max(jnp.where(valid[path], dampings[path], 0)) for path in convs]
+    if options.fc_damping == "beta" and convs and by_trace:
+        known = [jnp.max(jnp.where(spectra[path].valid, dampings[path], 0)) for path in convs]
         beta = jnp.max(jnp.stack(known))
         for path, spec in layers.items():
             if _is_fully_connected(spec):

@@ -1,17 +1,15 @@
-"""TODO: _optimizer/family"""
+"""What a member of the family and its options say about factors, Θ and the state."""
 
-from typing import NamedTuple
+from typing import Literal
 
-from tekfac_jax._layers.statistics import FactorKind
+from tekfac_jax._layers.statistics import FactorKind, ReducedStatistics, StatisticsOfBatch
 from tekfac_jax._optimizer.options import Options
+from tekfac_jax._state.family import Member
 from tekfac_jax._state.layout import STATE_VERSION, StateKind
 
-
-class Member(NamedTuple):
-    """The two switches that tell the family of four apart."""
-
-    plain: bool  # factors A and U instead of the trace-restricted Φ and Ψ
-    measured: bool  # Θ measured in the eigenbasis instead of the factors' eigenvalues
+# Θ is computed in the basis after its refresh (from captures or the factors), was measured in the
+# basis before the step (reduced statistics), or comes from the mini-batch gradient alone.
+ThetaFrom = Literal["new basis", "old basis", "mini-batch"]
 
 
 def kind_of_factors(member: Member, options: Options) -> FactorKind:
@@ -19,6 +17,16 @@ def kind_of_factors(member: Member, options: Options) -> FactorKind:
     return "plain" if member.plain else options.factors
 
 
-def _meaning(member: Member, options: Options) -> StateKind:
+def theta_from(member: Member, options: Options, stats: StatisticsOfBatch | None) -> ThetaFrom:
+    """Where Θ comes from."""
+    if not member.measured:
+        return "new basis"
+    if options.rescaling == "running":
+        return "mini-batch"
+    return "old basis" if isinstance(stats, ReducedStatistics) else "new basis"
+
+
+def state_kind(member: Member, options: Options) -> StateKind:
+    """What gives the averages in the state their meaning."""
     location, running = options.factors == "location", options.rescaling == "running"
     return StateKind(STATE_VERSION, member.plain, member.measured, location, running)

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,57 +14,56 @@ from jax.core import Tracer
 from tekfac_jax._arguments import LARGEST_INTEGER, as_python, check_choice, check_flag, check_number
 from tekfac_jax._curvature.decomposition import Method
 from tekfac_jax._devices.mesh import axis_names, check_mesh_axis
-from tekfac_jax._layers.spec import check_layers
-from tekfac_jax._optimizer.damping import Damping, DampingForm, FcDamping
+from tekfac_jax._layers.spec import Layers, check_layers
+from tekfac_jax._layers.types import AxisName, DType
 from tekfac_jax._state.initial import BasisRank
 
-Number = Any  # a Python number, or a scalar array where optax injects hyperparameters
-
-
+Number: TypeAlias = float | jax.Array  # an array where optax injects hyperparameters
+Count: TypeAlias = int | jax.Array
+Damping = Literal["auto", "trace"] | Number
+FcDamping = Literal["beta", "own"]
+DampingForm = Literal["exact", "factored"]
 FactorChoice = Literal["exact", "location"]
-
-
 RescalingChoice = Literal["exact", "running"]
-
-
-_MAX_FAILURES = (
-    "how many refreshes may fail one after another before a layer only scales its gradient"
-)
-
-
 _INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
+_MAX_FAILURES = "how many refreshes may fail in a row before a layer only scales its gradient"
 
 
 class Options(NamedTuple):
-    """Arguments of `scale_by_tekfac` and its siblings."""
+    """Arguments of `scale_by_tekfac` and its siblings; the defaults are in its signature."""
 
-    factor_interval: Number = 50
-    eigenbasis_interval: Number = 50
-    rescaling_interval: Number = 50
-    factor_decay: Number = 0.95
-    rescaling_decay: Number = 0.95
-    damping: Damping = "auto"
-    trace_floor: Number = 0.01
-    damping_scale: Number = 1.0
-    fc_damping: FcDamping = "beta"
-    damping_form: DampingForm = "exact"
-    factors: FactorChoice = "exact"
-    rescaling: RescalingChoice = "exact"
-    statistics_examples: int | None = None
-    basis_rank: BasisRank = None
-    max_dim: int | None = None
-    eigenbasis: Method = "auto"
-    stagger: bool = False
-    early_refreshes: bool = False
-    max_failures: Number | None = 5
-    axis_name: Any = None
-    mesh: Any = None
-    mesh_axis: Any = None
-    shard_state: bool = False
-    factor_dtype: Any = None
+    # refresh
+    factor_interval: Count
+    eigenbasis_interval: Count
+    rescaling_interval: Count
+    factor_decay: Number
+    rescaling_decay: Number
+    statistics_examples: int | None
+    stagger: bool
+    early_refreshes: bool
+    # damping
+    damping: Damping
+    damping_scale: Number
+    trace_floor: Number
+    fc_damping: FcDamping
+    damping_form: DampingForm
+    # basis
+    factors: FactorChoice
+    rescaling: RescalingChoice
+    basis_rank: BasisRank
+    max_dim: int | None
+    eigenbasis: Method
+    # devices
+    axis_name: AxisName | None
+    mesh: jax.sharding.Mesh | None
+    mesh_axis: AxisName | None
+    shard_state: bool
+    # numerics
+    factor_dtype: DType
+    max_failures: Count | None
 
 
-def check_names(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
+def check_names(options: Mapping[str, object], also: tuple[str, ...] = ()) -> None:
     """Raises a TypeError that names an option that does not exist, and the nearest that does.
 
     Args:
@@ -79,11 +78,11 @@ def check_names(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
             raise TypeError(f"there is no argument {name!r}{hint}")
 
 
-def validate(layers: Any, options: Options, *, measured: bool) -> Options:
+def validate(layers: Layers, options: Options, *, measured: bool) -> Options:
     """Raises a ValueError that names the argument, its value, the range and the remedy.
 
     Args:
-        layers: what should be `Layers`.
+        layers: from `find_layers`.
         options: what was passed.
         measured: whether Θ is measured instead of a product of the factors' eigenvalues.
     """
@@ -134,7 +133,7 @@ def validate(layers: Any, options: Options, *, measured: bool) -> Options:
     )
 
 
-def _check_count(name: str, value: Any, meaning: str, none: str) -> None:
+def _check_count(name: str, value: object, meaning: str, none: str) -> None:
     number = isinstance(value, int) and not isinstance(value, bool)
     if value is None or (number and 1 <= value <= LARGEST_INTEGER):
         return
@@ -144,7 +143,7 @@ def _check_count(name: str, value: Any, meaning: str, none: str) -> None:
     )
 
 
-def _check_axis_name(value: Any) -> None:
+def _check_axis_name(value: object) -> None:
     names = axis_names(value)
     if value is not None and not (names and all(isinstance(name, str) for name in names)):
         raise ValueError(
@@ -188,7 +187,7 @@ def _check_basis_rank(options: Options) -> None:
             )
 
 
-def _mesh_axis(options: Options) -> Any:
+def _mesh_axis(options: Options) -> AxisName | None:
     """The mesh's axis, checked."""
     if options.mesh is None:
         for name, default in (("mesh_axis", None), ("shard_state", False)):
@@ -206,7 +205,7 @@ def _mesh_axis(options: Options) -> Any:
     return check_mesh_axis(options.mesh, options.mesh_axis, shard_state=options.shard_state)
 
 
-def _check_interval(name: str, value: Any) -> None:
+def _check_interval(name: str, value: object) -> None:
     value = as_python(value)
     if isinstance(value, Tracer):
         return
@@ -217,7 +216,7 @@ def _check_interval(name: str, value: Any) -> None:
         )
 
 
-def _factor_dtype(dtype: Any) -> Any:
+def _factor_dtype(dtype: DType) -> DType:
     if dtype is None:
         return None
     known = None

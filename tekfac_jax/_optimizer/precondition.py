@@ -1,28 +1,60 @@
-"""TODO: _optimizer/precondition"""
+"""The step: gradients preconditioned by the damped curvature, layer by layer."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
+from tekfac_jax._curvature import eigenbasis
+from tekfac_jax._curvature.equal_shapes import by_shape
+from tekfac_jax._optimizer.damping import by_factors
 from tekfac_jax._optimizer.options import Options
+from tekfac_jax._optimizer.spectrum import Spectrum
+from tekfac_jax._state.family import Member
 from tekfac_jax._state.layout import LayerState, expand_lead
 
 
-def _has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
+def precondition(
+    gradients: Mapping[str, jax.Array],
+    held: Mapping[str, LayerState],
+    spectra: Mapping[str, Spectrum],
+    member: Member,
+    options: Options,
+) -> dict[str, jax.Array]:
+    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ of each layer that has a gradient (Eq. 3.9)."""
+
+    def theta_of(path: str) -> jax.Array:
+        if options.damping_form == "exact":
+            return spectra[path].theta
+        return by_factors(spectra[path].theta, held[path].damping, plain=member.plain)
+
+    operands = {
+        path: (
+            gradient.astype(spectra[path].theta.dtype), held[path].q_phi, held[path].q_psi,
+            theta_of(path), spectra[path].rest, held[path].damping,
+        )
+        for path, gradient in gradients.items()
+    }  # fmt: skip
+    with jax.named_scope("tekfac precondition"):
+        natural = by_shape(eigenbasis.precondition, operands)
+    return {
+        path: _direction(gradient, natural[path], held[path], spectra[path])
+        for path, gradient in gradients.items()
+    }
+
+
+def has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
+    """Whether refreshes failed so often in a row that the layer only scales its gradient."""
     if options.max_failures is None:
-        return jnp.zeros_like(layer.fallen_back)
+        return jnp.zeros(layer.failed_in_a_row.shape[:-1], bool)
     return jnp.any(layer.failed_in_a_row >= options.max_failures, axis=-1)
 
 
 def _direction(
-    g: jax.Array,
-    natural: jax.Array,
-    trace: jax.Array,
-    damping: jax.Array,
-    valid: jax.Array,
-    fallen_back: jax.Array,
+    gradient: jax.Array, natural: jax.Array, layer: LayerState, spectrum: Spectrum
 ) -> jax.Array:
-    """The natural gradient; as long as there is no curvature to rely on, the scaled one, or G."""
-    mean = trace / (g.shape[-2] * g.shape[-1])
-    scaled = g.astype(trace.dtype) / expand_lead(mean + damping, g)
-    best = jnp.where(expand_lead(fallen_back, g), scaled, natural)
-    return jnp.where(expand_lead(valid, g), best.astype(g.dtype), g)
+    """The natural gradient; G / (mean eigenvalue + λ) after a fall-back; G without curvature."""
+    mean = spectrum.trace / (gradient.shape[-2] * gradient.shape[-1])
+    scaled = gradient.astype(mean.dtype) / expand_lead(mean + layer.damping, gradient)
+    best = jnp.where(expand_lead(layer.fallen_back, gradient), scaled, natural)
+    return jnp.where(expand_lead(spectrum.valid, gradient), best.astype(gradient.dtype), gradient)

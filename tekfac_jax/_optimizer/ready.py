@@ -10,10 +10,11 @@ import optax
 from tekfac_jax._arguments import check_number, check_transformation
 from tekfac_jax._layers.matrices import captured_mask, to_matrices
 from tekfac_jax._layers.spec import Layers
-from tekfac_jax._optimizer.clip_by_kl import LearningRate, _check_learning_rate, clip_by_kl
+from tekfac_jax._layers.types import Params
+from tekfac_jax._optimizer.clip_by_kl import check_learning_rate, clip_by_kl
 from tekfac_jax._optimizer.damping import follows_trace
-from tekfac_jax._optimizer.options import check_names
-from tekfac_jax._optimizer.signatures import also_arguments_of, same_arguments_as
+from tekfac_jax._optimizer.options import Number, check_names
+from tekfac_jax._optimizer.signatures import also_arguments_of, defaults_of, same_arguments_as
 from tekfac_jax._optimizer.transforms import (
     scale_by_ekfac,
     scale_by_kfac,
@@ -21,20 +22,20 @@ from tekfac_jax._optimizer.transforms import (
     scale_by_tkfac,
 )
 
-# What is left of Eq. 3.5 where nothing else is said: docs/results.md has the readings.
+# The ready optimizers' share of the trace rule (Eq. 3.5): docs/results.md has the readings.
 _SCALE_OF_TRACE = 0.3
 
 
 @also_arguments_of(scale_by_tekfac)
 def tekfac(
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     *,
-    momentum: Any = 0.9,
-    weight_decay: Any = 0.0,
-    kl_clip: Any = 1e-3,
+    momentum: Number | None = 0.9,
+    weight_decay: Number = 0.0,
+    kl_clip: Number | None = 1e-3,
     fallback: optax.GradientTransformation | None = None,
-    damping_scale: Any = None,
+    damping_scale: Number | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The TEKFAC optimizer, ready to use. `tkfac`, `ekfac` and `kfac` are its siblings.
@@ -91,26 +92,26 @@ def tekfac(
 @same_arguments_as(tekfac)
 def tkfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """The TKFAC optimizer, ready to use: `tekfac` around `scale_by_tkfac`."""
-    return _ready(scale_by_tkfac, *args, **kwargs)
+    return _ready(scale_by_tkfac, *args, **(defaults_of(tekfac) | kwargs))
 
 
 @same_arguments_as(tekfac)
 def ekfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """The EKFAC optimizer, ready to use: `tekfac` around `scale_by_ekfac`."""
-    return _ready(scale_by_ekfac, *args, **kwargs)
+    return _ready(scale_by_ekfac, *args, **(defaults_of(tekfac) | kwargs))
 
 
 @same_arguments_as(tekfac)
 def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
     """The KFAC optimizer, ready to use: `tekfac` around `scale_by_kfac`."""
-    return _ready(scale_by_kfac, *args, **kwargs)
+    return _ready(scale_by_kfac, *args, **(defaults_of(tekfac) | kwargs))
 
 
-def _check_gradient(updates: Any, layers: Layers) -> None:
+def _check_gradient(updates: Params, layers: Layers) -> None:
     """Raises for a gradient that does not fit, over which optax would stumble."""
     found = to_matrices(updates, layers)
 
-    def is_masked(node: Any) -> bool:
+    def is_masked(node: object) -> bool:
         return isinstance(node, optax.MaskedNode)
 
     masks = any(map(is_masked, jax.tree.leaves(updates, is_leaf=is_masked)))
@@ -122,23 +123,26 @@ def _check_gradient(updates: Any, layers: Layers) -> None:
 
 def _ready(
     scale_by: Callable[..., optax.GradientTransformationExtraArgs],
-    learning_rate: LearningRate,
+    learning_rate: optax.ScalarOrSchedule,
     layers: Layers,
     *,
-    momentum: Any = 0.9,
-    weight_decay: Any = 0.0,
-    kl_clip: Any = 1e-3,
-    fallback: optax.GradientTransformation | None = None,
-    damping_scale: Any = None,
+    momentum: Number | None,
+    weight_decay: Number,
+    kl_clip: Number | None,
+    fallback: optax.GradientTransformation | None,
+    damping_scale: Number | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
+    # What was passed, checked.
     check_names(options, ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback"))
     if isinstance(learning_rate, Layers):
         raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
-    _check_learning_rate(learning_rate)
+    check_learning_rate(learning_rate)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
+
+    # Captured parameters: precondition, clip, momentum, decay, learning rate.
     if damping_scale is None:
         rule = options.get("damping", "auto")
         by_trace = isinstance(layers, Layers) and follows_trace(layers, rule)
@@ -155,19 +159,21 @@ def _ready(
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+    # Every other parameter.
     if fallback is None:
         fallback = optax.adam(learning_rate)
     check_transformation("fallback", fallback)
 
-    def labels(params: Any) -> Any:
+    def labels(params: Params) -> Params:
         mask = captured_mask(params, layers)
         return jax.tree.map(lambda is_captured: "captured" if is_captured else "fallback", mask)
 
     parts = optax.partition({"captured": captured, "fallback": fallback}, labels)
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, optax.OptState]:
+        updates: Params, state: optax.OptState, params: Params = None, **extra_args: object
+    ) -> tuple[Params, optax.OptState]:
         _check_gradient(updates, layers)
         if not isinstance(state, optax.transforms.PartitionState):
             raise ValueError(

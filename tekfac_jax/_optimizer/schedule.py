@@ -1,8 +1,8 @@
-"""When each layer's curvature is refreshed: all at once, or spread over the interval."""
+"""When each layer's curvature is refreshed: all layers at once, or spread over the interval."""
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +10,85 @@ import numpy as np
 
 from tekfac_jax._curvature.cost import factor_order, rescaling_order
 from tekfac_jax._layers.spec import Layers, LayerSpec
-from tekfac_jax._optimizer.options import Options
+from tekfac_jax._optimizer.options import Number, Options
 from tekfac_jax._state.layout import LayerState
 
 _MOST_TRIALS = 2**27  # steps times offsets, for each layer: a fraction of a second
+_EXAMPLES = 64  # assumed batch size for the flop counts; only the proportions matter
 
 
-_EXAMPLES = 64  # that statistics are reckoned with; only the proportions matter
+class Clock(NamedTuple):
+    """When the three refreshes of one layer are due; each answer has shape (*lead)."""
+
+    step: jax.Array
+    offset: int
+    options: Options
+
+    def factors_due(self, layer: LayerState) -> jax.Array:
+        """Every T_FIM steps, and as long as there are no factors."""
+        return self._at(self.options.factor_interval) | (layer.factor_weight == 0)
+
+    def basis_due(self, layer: LayerState) -> jax.Array:
+        """Every T_EIG steps, and as long as there is no basis; never before there are factors.
+
+        The eigenvectors of a zero matrix are arbitrary.
+        """
+        due = self._at(self.options.eigenbasis_interval) | ~layer.basis_valid
+        return due & (layer.factor_weight > 0)
+
+    def rescaling_due(self, layer: LayerState) -> jax.Array:
+        """Every T_RE steps, and as long as there is no Θ."""
+        return self._at(self.options.rescaling_interval) | (layer.theta_weight == 0)
+
+    def product_due(self, layer: LayerState) -> jax.Array:
+        """Θ as a product of the factors' eigenvalues is also due with each new basis."""
+        return self.rescaling_due(layer) | self._at(self.options.eigenbasis_interval)
+
+    def any_due(self, layer: LayerState) -> jax.Array:
+        """Whether any of the three refreshes is due."""
+        return self.factors_due(layer) | self.basis_due(layer) | self.rescaling_due(layer)
+
+    def _at(self, interval: Number) -> jax.Array:
+        return is_due(self.step, self.offset, interval, early=self.options.early_refreshes)
 
 
-def is_due(step: jax.Array, offset: Any, interval: Any, *, early: bool) -> jax.Array:
+def is_due(step: jax.Array, offset: int | jax.Array, interval: Number, *, early: bool) -> jax.Array:
     """Whether a refresh is due: once in an interval, with `early` also at step 1, 2, 4, ...
 
-    The latter within the first interval, whatever the offset: the first statistics, in which all
-    layers share, are those of step 0.
+    The early ones ignore the offset and stop after the first interval: all layers share the first
+    statistics, those of step 0.
     """
     due = (step - offset) % interval == 0
     if early:
         power_of_two = (step > 0) & (step & (step - 1) == 0)
         due |= power_of_two & (step < interval)
     return due
+
+
+def next_due(
+    count: jax.Array,
+    layers: Mapping[str, LayerState],
+    options: Options,
+    offset: Mapping[str, int],
+) -> jax.Array:
+    """Whether step `count` will use statistics."""
+    intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
+    own = jnp.asarray(sorted(set(offset.values())), count.dtype)
+    early = options.early_refreshes
+    due = [jnp.any(is_due(count, own, interval, early=early)) for interval in intervals]
+    missing = [
+        jnp.any(~layer.basis_valid | (layer.theta_weight == 0) | (layer.factor_weight == 0))
+        for layer in layers.values()
+    ]
+    return jnp.any(jnp.stack([*due, *missing]))
+
+
+def layer_offsets(layers: Layers, options: Options) -> dict[str, int]:
+    """For each layer the step, modulo each interval, at which its refreshes are due."""
+    if not options.stagger:
+        return dict.fromkeys(layers, 0)
+    intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
+    return offsets(layers, *intervals)
 
 
 def offsets(
@@ -76,17 +135,3 @@ def _costs(spec: LayerSpec) -> tuple[float, float, float]:
     rescaling = 2 * (rescaling_order(t, i, o, i, o).cost(t, i, o, i, o))
     decompositions = 9 * (i**3 * spec.has_input_basis + o**3)
     return lead * _EXAMPLES * factors, lead * decompositions, lead * _EXAMPLES * rescaling
-
-
-def _next_due(
-    count: jax.Array, layers: dict[str, LayerState], options: Options, offset: Mapping[str, int]
-) -> jax.Array:
-    intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
-    own = jnp.asarray(sorted(set(offset.values())), count.dtype)
-    early = options.early_refreshes
-    due = [jnp.any(is_due(count, own, interval, early=early)) for interval in intervals]
-    missing = [
-        jnp.any(~layer.basis_valid | (layer.theta_weight == 0) | (layer.factor_weight == 0))
-        for layer in layers.values()
-    ]
-    return jnp.any(jnp.stack([*due, *missing]))

@@ -1,13 +1,57 @@
-"""TODO: _optimizer/signatures"""
+"""Signatures: one list of arguments for the whole family, and what optax reads from it."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 P = ParamSpec("P")
-
-
 R = TypeVar("R")
+
+# Integers that decide shapes or are counted in Python, and things that can be called but are no
+# schedules.
+_COUNTS = frozenset(
+    {"factor_interval", "eigenbasis_interval", "rescaling_interval", "statistics_examples",
+     "basis_rank", "max_dim", "max_failures"}
+)  # fmt: skip
+
+_OBJECTS = frozenset({"mesh", "factor_dtype"})
+
+
+class Static(NamedTuple):
+    """An argument that must reach the factory as it is."""
+
+    value: Any
+
+
+class FamilySignature(inspect.Signature):
+    """A signature that keeps integers, dtypes and meshes out of `optax.inject_hyperparams`.
+
+    That function binds the arguments by the factory's signature. It makes an array of each number
+    that it finds there and a schedule of everything that can be called. Here such arguments come
+    back as `Static`, which it passes on untouched, so that nobody needs its `static_args`.
+    """
+
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        """As `inspect.Signature.bind`, defaults included."""
+        bound = super().bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, value in bound.arguments.items():
+            is_count = name in _COUNTS and isinstance(value, int | float)
+            is_object = name in _OBJECTS and value is not None
+            if is_count or is_object:
+                bound.arguments[name] = Static(value)
+        return bound
+
+
+def unwrapped(value: Any) -> Any:
+    """The argument inside a `Static`; any other as it is."""
+    return value.value if isinstance(value, Static) else value
+
+
+def family_signature(function: Callable[P, R]) -> Callable[P, R]:
+    """Gives a function a `FamilySignature` of its own arguments."""
+    _sign(function, inspect.signature(function).parameters.values())
+    return function
 
 
 def same_arguments_as(
@@ -15,12 +59,12 @@ def same_arguments_as(
 ) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Gives a function that takes ``**options`` the signature of `template`.
 
-    So that help() and type checkers show every argument, and optax.inject_hyperparams, which
-    reads the signature, finds those that it may inject.
+    Then help() and type checkers show every argument, and `optax.inject_hyperparams`, which reads
+    the signature, finds them.
     """
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
-        function.__signature__ = inspect.signature(template)  # type: ignore[attr-defined]
+        _sign(function, inspect.signature(template).parameters.values())
         return function
 
     return decorate
@@ -35,8 +79,18 @@ def also_arguments_of(template: Callable[..., Any]) -> Callable[[Callable[P, R]]
         parameters = [p for p in own if p.kind is not p.VAR_KEYWORD]
         known = {p.name for p in parameters}
         parameters += [p for p in more if p.kind is p.KEYWORD_ONLY and p.name not in known]
-        signature = inspect.Signature(parameters)
-        function.__signature__ = signature  # type: ignore[attr-defined]
+        _sign(function, parameters)
         return function
 
     return decorate
+
+
+def _sign(function: Callable[..., Any], parameters: Any) -> None:
+    signature = FamilySignature(list(parameters))
+    function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def defaults_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only arguments of a function, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}

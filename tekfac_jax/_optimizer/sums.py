@@ -1,6 +1,12 @@
-"""Where a layer's sums over examples come from: its captures, G_n, or the backward pass."""
+"""Sources: where a layer's sums over examples come from.
 
-from typing import Any, NamedTuple
+A source supplies the sums from which factors and Θ are averaged: from raw captures, from the
+gradients G_n formed once for both, from sums that the backward pass contracted, or from the
+mini-batch gradient alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +15,62 @@ from jax import lax
 from tekfac_jax._curvature import dense
 from tekfac_jax._curvature.by_kind import factors_of, rescaling_of
 from tekfac_jax._curvature.chunks import (
+    Contraction,
     chunk_size_of,
     map_over_examples,
     sum_in_chunks,
     sum_over_examples,
 )
-from tekfac_jax._layers.spec import LayerSpec, keeps_all, zeros_like
-from tekfac_jax._layers.statistics import Capture, FactorKind, Reduced
+from tekfac_jax._curvature.eigenbasis import rotate
+from tekfac_jax._layers.spec import Layers, LayerSpec, zeros_like
+from tekfac_jax._layers.statistics import (
+    Capture,
+    FactorKind,
+    Reduced,
+    ReducedStatistics,
+    Statistics,
+)
+from tekfac_jax._optimizer.batch import Batch, sampled
+from tekfac_jax._optimizer.options import Options
 from tekfac_jax._state.layout import LayerState
 
+T = TypeVar("T")
 
-class Captured(NamedTuple):
-    """A layer's statistics as they were captured."""
+
+class Source(Protocol):
+    """Supplies the sums over examples of one layer."""
+
+    @property
+    def examples(self) -> jax.Array:
+        """How many examples the sums are over, on all devices; 0: there are no sums."""
+        ...
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """δΦ and δΨ, summed over examples (plain factors: A and U)."""
+        ...
+
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
+        """Θ in the layer's basis and the trace outside of it, summed over examples."""
+        ...
+
+
+class FromCaptures(NamedTuple):
+    """Raw statistics: (a, u) of each call of the layer."""
 
     captures: tuple[Capture, ...]
     scale: jax.Array
-    examples: jax.Array  # over all devices
+    examples: jax.Array
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
-        """Sums over examples: δΦ and δΨ."""
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """Contracts the captures."""
         return self._total(factors_of(spec, kind), spec, layer)
 
-    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
-        """Sums over examples: Θ in the layer's basis, and the rest."""
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
+        """Contracts the captures with the layer's basis."""
         return self._total(rescaling_of(spec, layer.q_phi, layer.q_psi), spec, layer)
 
-    def formed(self, spec: LayerSpec, layer: LayerState, needed: jax.Array) -> "Formed":
-        """G_n of every example, or zeros where it is not `needed`."""
+    def formed(self, spec: LayerSpec, layer: LayerState, needed: jax.Array) -> "FromGradients":
+        """The same examples as gradients G_n; zeros unless `needed`."""
 
         def form() -> jax.Array:
             captures, dtype = self.captures, layer.theta.dtype
@@ -44,58 +79,95 @@ class Captured(NamedTuple):
         nothing = jax.eval_shape(form)
         with jax.named_scope("tekfac gradients"):
             g = lax.cond(needed, form, lambda: zeros_like(nothing))
-        return Formed(g, self.examples)
+        return FromGradients(g, self.examples)
 
-    def _total(self, contract: Any, spec: LayerSpec, layer: LayerState) -> Any:
+    def _total(self, contract: Contraction[T], spec: LayerSpec, layer: LayerState) -> T:
         return sum_over_examples(contract, spec, self.captures, self.scale, layer.theta.dtype)
 
 
-class Formed(NamedTuple):
-    """The gradients of a layer's examples, from which both factors and Θ are contracted."""
+class FromGradients(NamedTuple):
+    """The gradient G_n of each example, from which both factors and Θ are contracted."""
 
     g: jax.Array  # (*lead, n, i, o)
-    examples: jax.Array  # over all devices
+    examples: jax.Array
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
-        """The same as of `Captured`; only exact factors come from G_n."""
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """Contracts G_n; only exact factors come from it."""
         del layer
         assert kind == "exact"
         return self._total(dense.factors_of_gradients, spec)
 
-    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
-        """The same as of `Captured`."""
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
+        """Contracts G_n with the layer's basis."""
 
         def contract(g: jax.Array) -> dense.Rescaling:
             theta = dense.rescaling_of_gradients(g, layer.q_phi, layer.q_psi)
-            kept = jnp.sum(theta, axis=(-2, -1))
-            if keeps_all(spec, theta.shape):
-                return dense.Rescaling(theta, jnp.zeros_like(kept))
-            return dense.Rescaling(theta, jnp.sum(g**2, axis=(-3, -2, -1)) - kept)
+            return dense.with_rest(spec, theta, lambda: jnp.sum(g**2, axis=(-3, -2, -1)))
 
         return self._total(contract, spec)
 
-    def _total(self, contract: Any, spec: LayerSpec) -> Any:
+    def _total(self, contract: Callable[[jax.Array], T], spec: LayerSpec) -> T:
         axis = len(spec.lead)
         return sum_in_chunks(contract, self.g, axis, chunk_size_of(self.g, axis))
 
 
-class Summed(NamedTuple):
-    """A layer's statistics, contracted in the backward pass."""
+class FromSums(NamedTuple):
+    """Reduced statistics: the backward pass contracted them, Θ in the basis before the step."""
 
     reduced: Reduced
-    examples: jax.Array  # over all devices; 0: nothing was contracted
+    examples: jax.Array
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> Any:
-        """The same as of `Captured`, contracted already."""
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """The sums as they are."""
         del spec, kind
         dtype = layer.theta.dtype
         return dense.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
 
-    def rescaling(self, spec: LayerSpec, layer: LayerState) -> Any:
-        """The same as of `Captured`, contracted already."""
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
+        """The sums as they are."""
         del spec
         dtype = layer.theta.dtype
+        assert self.reduced.theta is not None
+        assert self.reduced.rest is not None
         return dense.Rescaling(self.reduced.theta.astype(dtype), self.reduced.rest.astype(dtype))
 
 
-Source = Captured | Formed | Summed
+class FromMiniBatch(NamedTuple):
+    """The mini-batch gradient alone, as if N examples shared it: Θ only, and biased.
+
+    Its Θ is N (Q_Φᵀ ḡ Q_Ψ)² with ḡ = Σ G_n / N, whose expectation is Θ + (N−1)μ², μ the rotated
+    mean gradient.
+    """
+
+    gradient: jax.Array  # (*lead, i, o), as the transformation receives it
+    batch: Batch
+
+    @property
+    def examples(self) -> jax.Array:
+        """The examples that the gradient is of."""
+        return self.batch.examples
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """There are none."""
+        raise NotImplementedError("the mini-batch gradient has no factors")
+
+    def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
+        """N² times the squared mean gradient, in the layer's basis."""
+        dtype = layer.theta.dtype
+        to_total = self.batch.to_mean.astype(dtype) * self.batch.examples.astype(dtype)
+        total = self.gradient.astype(dtype) * to_total
+        theta = rotate(total, layer.q_phi, layer.q_psi) ** 2
+        return dense.with_rest(spec, theta, lambda: jnp.sum(total**2, axis=(-2, -1)))
+
+
+def sources_of(
+    stats: Statistics | ReducedStatistics, layers: Layers, options: Options, examples: jax.Array
+) -> Mapping[str, FromCaptures] | Mapping[str, FromSums]:
+    """The source of each layer; of raw statistics perhaps only some of the examples."""
+    if isinstance(stats, ReducedStatistics):
+        return {path: FromSums(reduced, examples) for path, reduced in stats.layers.items()}
+    found: dict[str, FromCaptures] = {}
+    for path, spec in layers.items():
+        some, share = sampled(stats.layers[path], spec, options.statistics_examples)
+        found[path] = FromCaptures(some, stats.scale, share * examples)
+    return found

@@ -1,27 +1,24 @@
-"""TODO: _state/initial"""
+"""A fresh state: zeros in the shapes that the layers give."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 
 from tekfac_jax._curvature.decomposition import SMALL
 from tekfac_jax._layers.spec import Layers, LayerSpec, at_least_float32
+from tekfac_jax._layers.types import DType
 from tekfac_jax._state.folding import folded
 from tekfac_jax._state.layout import KINDS, STATE_VERSION, LayerState, ScaleByTekfacState, StateKind
 
 
-def state_dtype(spec: LayerSpec, factor_dtype: Any) -> Any:
+def state_dtype(spec: LayerSpec, factor_dtype: DType) -> DType:
     """At least float32: factors in half precision lose their small eigenvalues."""
     return at_least_float32(spec.dtype) if factor_dtype is None else factor_dtype
 
 
 BasisRank = int | float | Literal["auto"] | None
-
-
 WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
-
-
 _TEKFAC = StateKind(STATE_VERSION, plain=False, measured=True, location=False, running=False)
 
 
@@ -45,12 +42,12 @@ def kept_columns(
 
 def initial_state(
     layers: Layers,
-    factor_dtype: Any,
+    factor_dtype: DType,
     *,
     basis_rank: BasisRank = None,
     max_dim: int | None = None,
     fold: bool = False,
-    meaning: StateKind = _TEKFAC,
+    kind: StateKind = _TEKFAC,
 ) -> ScaleByTekfacState:
     """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
     as_kept = folded if fold else lambda layer: layer
@@ -83,6 +80,6 @@ def initial_state(
         due=jnp.array(True),
         layers={path: layer(spec) for path, spec in layers.items()},
         meaning=StateKind(
-            jnp.asarray(meaning.version, jnp.int32), *(jnp.asarray(x, bool) for x in meaning[1:])
+            jnp.asarray(kind.version, jnp.int32), *(jnp.asarray(x, bool) for x in kind[1:])
         ),
     )

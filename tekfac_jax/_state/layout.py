@@ -71,10 +71,7 @@ class ClipByKlState(NamedTuple):
 
 
 STATE_VERSION = 1  # of the layout of states; what came with each: `ADDED`
-
-
 KINDS = 3  # of refreshes: factors, eigenbasis, Θ
-
 
 # Fields of states that a version of the layout added to those before.
 ADDED = {"failed_in_a_row": 1, "fallen_back": 1, "meaning": 1}

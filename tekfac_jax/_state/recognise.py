@@ -65,7 +65,6 @@ def not_a_state(found: Any) -> str:
 
 _UNSAID = StateKind(0, False, False, False, False)  # what a state of version 0 means
 
-
 # What may be None: of an embedding, without factors, and in a state of version 0.
 _OPTIONAL = {"q_phi", "phi", "psi", "failed_in_a_row", "fallen_back"}
 

@@ -19,8 +19,6 @@ from tekfac_jax._state.recognise import (
 )
 
 _FACTORS = ("phi", "psi")
-
-
 Name = tuple[str, ...]  # of a leaf: keys, fields and indices from the root
 
 

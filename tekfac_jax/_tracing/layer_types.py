@@ -202,7 +202,6 @@ _FIELDS: dict[type, Callable[[Any, Any], dict[str, Any] | str]] = {
     nn.BatchNorm: _describe_norm,
 }
 
-
 _NORMS = frozenset(kind for kind, fields in _FIELDS.items() if fields is _describe_norm)
 
 

@@ -15,11 +15,8 @@ from jax.custom_batching import custom_vmap
 
 _NAME = re.compile(r"tekfac:(\d+):(\w+)((?::\d+)*)")
 
-
 # Calls that only group equations; what happens inside happens outside.
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "custom_vmap_call"})
-
-
 _CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 

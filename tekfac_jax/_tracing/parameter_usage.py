@@ -18,7 +18,6 @@ _COPIES = frozenset(
     {"name", "convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast"}
 )  # fmt: skip
 
-
 # Linear in all operands together: a sum of a data term and a penalty term stays one.
 _LINEAR = _COPIES | frozenset(
     {"add", "sub", "add_any", "neg", "reshape", "squeeze", "expand_dims", "broadcast_in_dim",
