@@ -1,7 +1,7 @@
 """Prints the lowest versions that pyproject.toml permits, as constraints for pip.
 
-The bounds stand in pyproject.toml and nowhere else. ``python .ci/oldest.py plot`` prints those of
-the dependencies and of the extra `plot`; then ``pip install --constraint FILE``.
+The bounds are defined only in pyproject.toml. ``python .ci/oldest.py plot`` prints those of the
+dependencies and of the extra `plot`. Save them to a file for ``pip install --constraint FILE``.
 """
 
 import sys
@@ -14,7 +14,7 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def main(extras: list[str]) -> None:
-    """Prints a line for each requirement; ends with a sentence where there is no lower bound."""
+    """Prints a line for each requirement; exits with a message if one has no lower bound."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     optional = project["optional-dependencies"]
     lines = sum((optional[extra] for extra in extras), start=project["dependencies"])
