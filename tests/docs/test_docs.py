@@ -168,11 +168,12 @@ def test_other_python_parses(name):
 
 
 def _tests_in(module: str) -> set[str]:
-    tree = ast.parse((ROOT / "tests" / f"{module}.py").read_text())
+    (path,) = (ROOT / "tests").rglob(f"{module}.py")
+    tree = ast.parse(path.read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-_NAMES = sorted(set(re.findall(r"`(_\w+)\.(\w+)`", page("method.md"))))
+_NAMES = sorted(set(re.findall(r"`(_\w+\.\w+)\.(\w+)`", page("method.md"))))
 _TESTS = sorted(
     {found for name in PAGES for found in re.findall(r"`(test_\w+)\.(test_\w+)`", page(name))}
 )
