@@ -19,7 +19,7 @@ from tekfac_jax._capture.modes import Mode
 from tekfac_jax._capture.value_grad_and_stats import Divisor
 from tekfac_jax._layers.spec import Layers
 from tekfac_jax._layers.statistics import FactorKind
-from tekfac_jax._tracing.nnx_modules import telling
+from tekfac_jax._tracing.nnx_modules import observed
 
 __all__ = ["check_capture", "find_layers", "fisher_stats", "value_grad_and_stats"]
 
@@ -260,7 +260,7 @@ def _of_parameters(
         for _, module in nnx.iter_modules(model):
             if callable(module):
                 # The class alone decides what a call does, and survives nnx's own transforms.
-                object.__setattr__(module, "__class__", telling(type(module)))
+                object.__setattr__(module, "__class__", observed(type(module)))
         result = loss_fn(model, *args, **kwargs)
         loss, aux = result if has_aux else (result, None)
         return loss, (aux, nnx.state(model, nnx.Not(nnx.Param)))

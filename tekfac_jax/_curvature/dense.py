@@ -114,11 +114,13 @@ def location_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t 
 
 def plain_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]) -> Factors:
     """Σ_n Σ_t aaᵀ and Σ_n mean_t uuᵀ: KFAC's A and U (Eq. 2.4; conv: Grosse and Martens 2016)."""
-    positions = a.shape[-2]
-    a, u = _positions_as_examples(a), _positions_as_examples(u)
-    phi = jnp.matmul(a.mT, a, precision=HIGHEST)
-    psi = jnp.matmul(u.mT, u, precision=HIGHEST) / positions
-    return Factors(phi, psi)
+    return Factors(gram(a), gram(u) / a.shape[-2])
+
+
+def gram(x: Float[Array, "*lead n t d"]) -> Float[Array, "*lead d d"]:
+    """Σ_nt xxᵀ."""
+    x = _positions_as_examples(x)
+    return jnp.matmul(x.mT, x, precision=HIGHEST)
 
 
 def rescaling(

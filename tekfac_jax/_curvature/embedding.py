@@ -26,15 +26,15 @@ def contractions(rows: int) -> dict[str, Contraction]:
 
     def exact(a: Array, u: Array) -> Factors:
         ids, g = _rows_of_gradient(a, u, rows)
-        return Factors(_scatter(ids, jnp.sum(g**2, axis=-1), rows), _gram(g))
+        return Factors(_scatter(ids, jnp.sum(g**2, axis=-1), rows), dense.gram(g))
 
     def location(a: Array, u: Array) -> Factors:
         norms = jnp.sum(u**2, axis=-1)
-        return Factors(_scatter(row_numbers(a[..., 0], rows), norms, rows), _gram(u))
+        return Factors(_scatter(row_numbers(a[..., 0], rows), norms, rows), dense.gram(u))
 
     def plain(a: Array, u: Array) -> Factors:
         counts = _scatter(row_numbers(a[..., 0], rows), jnp.ones(a.shape[:-1], u.dtype), rows)
-        return Factors(counts, _gram(u) / a.shape[-2])
+        return Factors(counts, dense.gram(u) / a.shape[-2])
 
     def gradient(a: Array, u: Array) -> Array:
         return _scatter(row_numbers(a[..., 0], rows), u, rows)
@@ -78,15 +78,15 @@ def attended_contractions() -> dict[str, Contraction]:
     """The same for a table that is attended: `a` [*lead, n, t, rows] is what meets each row."""
 
     def exact(a: Array, u: Array) -> Factors:
-        g = _gradients(a, u)
-        return Factors(jnp.sum(g**2, axis=(-3, -1)), _gram(g))
+        g = dense.gradients(a, u)
+        return Factors(jnp.sum(g**2, axis=(-3, -1)), dense.gram(g))
 
     def location(a: Array, u: Array) -> Factors:
         a_norms, u_norms = (jnp.sum(x**2, axis=-1, keepdims=True) for x in (a, u))
-        return Factors(jnp.sum(a**2 * u_norms, axis=(-3, -2)), _gram(u * jnp.sqrt(a_norms)))
+        return Factors(jnp.sum(a**2 * u_norms, axis=(-3, -2)), dense.gram(u * jnp.sqrt(a_norms)))
 
     def plain(a: Array, u: Array) -> Factors:
-        return Factors(jnp.sum(a**2, axis=(-3, -2)), _gram(u) / a.shape[-2])
+        return Factors(jnp.sum(a**2, axis=(-3, -2)), dense.gram(u) / a.shape[-2])
 
     return {"exact": exact, "location": location, "plain": plain, "gradient": dense.gradient}
 
@@ -98,13 +98,7 @@ def attended_rescaling(
 ) -> Float[Array, "*lead v p"]:
     """Σ_n (G_n Q_Ψ)², the narrow side rotated before G_n is formed."""
     u = jnp.einsum("...nto,...op->...ntp", u, q_psi, precision=HIGHEST)
-    return jnp.sum(_gradients(a, u) ** 2, axis=-3)
-
-
-def _gradients(
-    a: Float[Array, "*lead n t v"], u: Float[Array, "*lead n t o"]
-) -> Float[Array, "*lead n v o"]:
-    return jnp.einsum("...ntv,...nto->...nvo", a, u, precision=HIGHEST)
+    return jnp.sum(dense.gradients(a, u) ** 2, axis=-3)
 
 
 def _scatter(ids: Array, values: Array, rows: int) -> Array:
@@ -117,8 +111,3 @@ def _scatter(ids: Array, values: Array, rows: int) -> Array:
     for _ in range(ids.ndim - 2):
         one = jax.vmap(one)
     return one(ids, values)
-
-
-def _gram(g: Float[Array, "*lead n t o"]) -> Float[Array, "*lead o o"]:
-    g = g.reshape(*g.shape[:-3], -1, g.shape[-1])
-    return jnp.matmul(g.mT, g, precision=HIGHEST)

@@ -21,7 +21,7 @@ from tekfac_jax._devices.mesh import keep_folded, over_mesh
 from tekfac_jax._layers.matrices import from_matrices, to_matrices
 from tekfac_jax._layers.spec import Layers
 from tekfac_jax._layers.statistics import Statistics, StatisticsOfBatch
-from tekfac_jax._layers.types import Params
+from tekfac_jax._layers.types import OptState, Params
 from tekfac_jax._optimizer.batch import read_batch
 from tekfac_jax._optimizer.damping import layer_dampings
 from tekfac_jax._optimizer.family import ThetaFrom, state_kind, theta_from
@@ -41,11 +41,11 @@ from tekfac_jax._optimizer.refresh import (
 from tekfac_jax._optimizer.schedule import layer_offsets, next_due
 from tekfac_jax._optimizer.spectrum import spectrum_of
 from tekfac_jax._optimizer.sums import FromMiniBatch, Source, sources_of
+from tekfac_jax._state.compare import check_state_fits
 from tekfac_jax._state.family import Member
 from tekfac_jax._state.folding import unfolded
 from tekfac_jax._state.initial import initial_state
 from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
-from tekfac_jax._state.recognise import check_state_fits
 
 
 def algorithm(
@@ -72,7 +72,7 @@ def algorithm(
 
     def update(
         updates: Params,
-        state: ScaleByTekfacState,
+        state: OptState,
         params: Params = None,
         *,
         stats: StatisticsOfBatch | None = None,
@@ -87,7 +87,9 @@ def algorithm(
 
         # The curvature: Φ and Ψ, Q_Φ and Q_Ψ, and Θ, each where it is due.
         refresh = functools.partial(_refresh, layers, member, options, offsets)
-        if options.mesh is not None:
+        if (
+            options.mesh is not None and options.mesh_axis is not None
+        ):  # there is none without the other
             refresh = over_mesh(
                 refresh, layers, due=state.due, mesh=options.mesh, mesh_axis=options.mesh_axis,
                 shard_state=options.shard_state,

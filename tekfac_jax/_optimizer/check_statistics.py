@@ -1,7 +1,7 @@
 """Raises for statistics that do not belong to a transformation: each error names the remedy."""
 
 from collections.abc import Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def _check_layers(stats: object, layers: Layers) -> None:
         )
     for path, found in stats.layers.items():
         kind = Capture if isinstance(stats, Statistics) else Reduced
-        parts = found if isinstance(stats, Statistics) else (found,)
+        parts: Any = found if isinstance(stats, Statistics) else (found,)
         whole = isinstance(parts, tuple) and parts and all(isinstance(x, kind) for x in parts)
         needed = [field for x in parts for field in x[:2]] if whole else []
         if not needed or not all(map(_is_array, (*needed, *jax.tree.leaves(parts)))):

@@ -54,7 +54,7 @@ def clip_by_kl(
         return ClipByKlState(jnp.zeros((), jnp.int32), jnp.ones((), dtype), inner.init(params))
 
     def update(
-        updates: Params, state: ClipByKlState, params: Params = None, **extra_args: object
+        updates: Params, state: OptState, params: Params = None, **extra_args: object
     ) -> tuple[Params, ClipByKlState]:
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         counted = _counted(directions, inner_state)

@@ -134,8 +134,9 @@ def validate(layers: Layers, options: Options, *, measured: bool) -> Options:
 
 
 def _check_count(name: str, value: object, meaning: str, none: str) -> None:
-    number = isinstance(value, int) and not isinstance(value, bool)
-    if value is None or (number and 1 <= value <= LARGEST_INTEGER):
+    if value is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_INTEGER:
         return
     raise ValueError(
         f"{name} must be {meaning} (an integer, 1 or more and at most {LARGEST_INTEGER:,}), or "

@@ -88,7 +88,7 @@ def layer_offsets(layers: Layers, options: Options) -> dict[str, int]:
     if not options.stagger:
         return dict.fromkeys(layers, 0)
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
-    return offsets(layers, *intervals)
+    return offsets(layers, *map(int, intervals))  # `validate` refuses arrays here
 
 
 def offsets(

@@ -6,20 +6,19 @@ import numpy as np
 
 from tekfac_jax._curvature.eigenbasis import Basis
 from tekfac_jax._layers.spec import Layers, check_layers
-from tekfac_jax._state.folding import unfolded
-from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
-from tekfac_jax._state.recognise import (
+from tekfac_jax._state.compare import (
     difference,
     differing_dimensions,
     differing_paths,
     dimensions,
-    find_states,
     is_known,
     largest,
-    layer_states,
     no_factors,
     of_version,
 )
+from tekfac_jax._state.folding import unfolded
+from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
+from tekfac_jax._state.recognise import find_states, layer_states
 
 
 def check_state(opt_state: Any, layers: Layers, expected: Any = None) -> str:

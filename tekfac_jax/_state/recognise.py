@@ -1,245 +1,28 @@
-"""What tells the state of one optimizer from that of another, in a sentence."""
+"""Finds our states inside any optax state, however deep."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
-from jax.core import Tracer
 
-from tekfac_jax._state.folding import is_folded, unfolded
-from tekfac_jax._state.layout import STATE_VERSION, LayerState, ScaleByTekfacState, StateKind
+from tekfac_jax._layers.types import OptState, PyTree
+from tekfac_jax._state.compare import no_factors, not_a_state
+from tekfac_jax._state.folding import unfolded
+from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
 
-
-def is_known(x: Any) -> bool:
-    """Whether an array has values: under `jit` and of `jax.eval_shape` it has none."""
-    return isinstance(x, jax.Array | np.ndarray | np.generic | int) and not isinstance(x, Tracer)
+S = TypeVar("S")
+Name = tuple[str, ...]  # of a leaf: keys, fields and indices from the root
 
 
-def largest(x: Any) -> Any:
-    """The largest number of an array that is known.
-
-    By NumPy: under a trace JAX would make an unknown one even of an array that has values.
-    """
-    return np.max(np.asarray(x))
-
-
-def is_integer(x: Any) -> bool:
-    """Whether a number or an array, with or without values, is of integers or booleans."""
-    return str(getattr(x, "dtype", type(x).__name__)).startswith(("int", "bool"))
-
-
-def version_of(meaning: StateKind | None) -> int:
-    """Version of a state's layout; states of version 0 did not say so."""
-    return 0 if meaning is None else int(largest(meaning.version))
-
-
-def check_state_fits(found: Any, expected: Any) -> None:
-    """Raises if an optimizer is given the state of another; `expected` may be shapes."""
-    if broken := not_a_state(found):
-        raise ValueError(f"state= must be what init or the update before returned: {broken}")
-    if sentence := difference(found, expected):
-        raise ValueError(f"state= does not fit this optimizer: {sentence}")
-    if not all(isinstance(x, jax.Array | np.ndarray | np.generic) for x in jax.tree.leaves(found)):
-        raise ValueError("state= must hold arrays; jax.ShapeDtypeStruct has no numbers")
-
-
-def not_a_state(found: Any) -> str:
-    """Says what was put in the place of a state of ours, or of a part of it."""
-    if not isinstance(found, ScaleByTekfacState):
-        return f"a {type(found).__name__} is no ScaleByTekfacState."
-    if not isinstance(found.layers, Mapping):
-        return f"its layers are a {type(found.layers).__name__} instead of a dict of LayerState."
-    for path, layer in found.layers.items():
-        if not isinstance(layer, LayerState):
-            return f"its layer {path!r} is a {type(layer).__name__} instead of a LayerState."
-        if broken := _not_a_layer(path, layer):
-            return broken
-    if not isinstance(found.meaning, StateKind | None):
-        return f"its meaning is a {type(found.meaning).__name__} instead of a StateKind."
-    for name, value in (found.meaning or _UNSAID)._asdict().items():
-        if not is_integer(value) or 0 in np.shape(value):
-            return f"{name!r} of its meaning is {value!r} instead of a number or a boolean."
-    return ""
-
-
-_UNSAID = StateKind(0, False, False, False, False)  # what a state of version 0 means
-
-# What may be None: of an embedding, without factors, and in a state of version 0.
-_OPTIONAL = {"q_phi", "phi", "psi", "failed_in_a_row", "fallen_back"}
-
-
-def _not_a_layer(path: str, layer: LayerState) -> str:
-    for name, value in layer._asdict().items():
-        is_left_out = value is None and name in _OPTIONAL
-        if not (is_left_out or (hasattr(value, "shape") and hasattr(value, "dtype"))):
-            return f"{name!r} of layer {path!r} is a {type(value).__name__} instead of an array."
-    is_matrix = {"theta": True, "q_psi": layer.q_psi.ndim != 1}  # or folded
-    is_matrix["q_phi"] = layer.q_phi is not None and is_matrix["q_psi"]
-    for name, needed in is_matrix.items():
-        if needed and getattr(layer, name).ndim < 2:
-            shape = getattr(layer, name).shape
-            return f"{name!r} of layer {path!r} has shape {shape} instead of that of a matrix."
-    return ""
-
-
-def difference(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
-    """The first difference between a state that was found and the one an optimizer expects.
-
-    Values are compared where both have them, shapes and dtypes always; `expected` may hold
-    `jax.ShapeDtypeStruct`.
-    """
-    return (
-        _of_scalars(found, expected)
-        or of_version(found)
-        or _of_paths(found, expected)
-        or _of_meaning(found.meaning, expected.meaning)
-        or next(filter(None, _of_each_layer(found, expected)), "")
-    )
-
-
-def differing_paths(found: Any, expected: Any) -> str:
-    """The same for the paths of layers alone."""
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    if not found:
-        return "There are no layers where they should be: is it the state of another optimizer?"
-    if missing or extra:
-        return f"The state has no layers {missing} and has {extra}, which the network has not."
-    return ""
-
-
-def differing_dimensions(path: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The same for a layer's (*lead, in[+1], out)."""
-    if found == expected:
-        return ""
-    return (
-        f"Layer {path!r} has in and out dimension {found} in the state and {expected} in the "
-        "network."
-    )
-
-
-def dimensions(layer: LayerState) -> tuple[int, ...]:
-    """(*lead, in[+1], out)."""
-    if is_folded(layer, "q_psi"):
-        return tuple(layer.theta.shape)
-    rows = layer.theta.shape[-2] if layer.q_phi is None else layer.q_phi.shape[-2]
-    return (*layer.theta.shape[:-2], rows, layer.q_psi.shape[-2])
-
-
-def too_new(version: int) -> str:
-    """Says that a later version of the library has written a state."""
-    if version <= STATE_VERSION:
-        return ""
-    return (
-        f"The state is of layout version {version}, and this version of tekfac_jax reads versions "
-        f"up to {STATE_VERSION}: update tekfac_jax."
-    )
-
-
-def of_version(found: ScaleByTekfacState) -> str:
-    """Says whether another version of the layout is found."""
-    without = any(layer.failed_in_a_row is None for layer in found.layers.values())
-    if found.meaning is None or without:
-        return (
-            f"The state is of layout version 0, of an earlier tekfac_jax, and {STATE_VERSION} is "
-            "expected: restore_state brings it up to date."
-        )
-    return too_new(version_of(found.meaning)) if is_known(found.meaning.version) else ""
-
-
-def _of_paths(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
-    return differing_paths(found.layers, expected.layers)
-
-
-def _of_meaning(found: StateKind | None, expected: StateKind | None) -> str:
-    if found is None or expected is None or not all(map(is_known, (*found, *expected))):
-        return ""
-    if describe(found) == describe(expected):
-        return ""
-    return (
-        f"The state is that of {describe(found)}, and the optimizer is {describe(expected)}: the "
-        "shapes are the same, the numbers are not."
-    )
-
-
-def describe(meaning: StateKind) -> str:
-    """The member of the family and the options that give the averages their meaning."""
-    plain, measured, location, running = (bool(largest(x)) for x in meaning[1:])
-    name = {(True, False): "KFAC", (True, True): "EKFAC", (False, False): "TKFAC"}
-    member = name.get((plain, measured), "TEKFAC")
-    options = ['factors="location"'] * (location and not plain)
-    options += ['rescaling="running"'] * (running and measured)
-    return f"{member} with {' and '.join(options)}" if options else member
-
-
-def _of_scalars(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> str:
-    for name in ("count", "due"):
-        kinds = [_kind(getattr(state, name)) for state in (found, expected)]
-        if kinds[0] != kinds[1]:
-            return f"{name!r} is {kinds[0]} in the state and {kinds[1]} in the optimizer."
-    return ""
-
-
-def _kind(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
-
-
-def _of_each_layer(found: ScaleByTekfacState, expected: ScaleByTekfacState) -> Any:
-    for path, layer in expected.layers.items():
-        yield _of_layer(path, found.layers[path], layer)
-
-
-def no_factors(path: str, found: LayerState) -> str:
-    """Says whether Φ and Ψ were left out, by `without_factors`."""
-    if found.phi is not None and found.psi is not None:
-        return ""
-    return (
-        f"Layer {path!r} has no factors in the state: restore_state(..., factors=False) "
-        "has them built anew."
-    )
-
-
-def _of_layer(path: str, found: LayerState, expected: LayerState) -> str:
-    if missing := no_factors(path, found):
-        return missing
-    if is_folded(found, "psi") != is_folded(expected, "psi"):
-        state, optimizer = ("with", "without") if is_folded(found, "psi") else ("without", "with")
-        return (
-            f"Layer {path!r} is {state} shard_state in the state and {optimizer} in the optimizer."
-        )
-    sizes = differing_dimensions(path, dimensions(found), dimensions(expected))
-    if sizes:
-        return sizes
-    kept, wanted = tuple(found.theta.shape[-2:]), tuple(expected.theta.shape[-2:])
-    if kept != wanted:
-        return (
-            f"Layer {path!r} keeps {kept} eigenvectors of its two sides in the state and {wanted} "
-            "in the optimizer: give it the basis_rank and max_dim of before."
-        )
-    return _of_arrays(path, found, expected)
-
-
-def _of_arrays(path: str, found: LayerState, expected: LayerState) -> str:
-    for name in LayerState._fields:
-        x, y = getattr(found, name), getattr(expected, name)
-        if (x is None) != (y is None) or (x is not None and tuple(x.shape) != tuple(y.shape)):
-            return f"{name!r} of layer {path!r} has another shape in the state than in the network."
-        if x is not None and x.dtype != y.dtype:
-            return (
-                f"{name!r} of layer {path!r} is {x.dtype} in the state and {y.dtype} in the "
-                "optimizer: give it the factor_dtype of before."
-            )
-    return ""
-
-
-def layer_states(opt_state: Any) -> dict[str, LayerState]:
+def layer_states(opt_state: OptState) -> dict[str, LayerState]:
+    """The state of each layer; of several transformations all of them together."""
     states: dict[str, LayerState] = {}
     for state in find_states(opt_state, ScaleByTekfacState):
         states |= state.layers
     return states
 
 
-def whole_layers(opt_state: Any) -> dict[str, LayerState]:
+def whole_layers(opt_state: OptState) -> dict[str, LayerState]:
     """The layers with their matrices as such; raises if factors are left out."""
     states = layer_states(opt_state)
     if missing := next(filter(None, (no_factors(p, layer) for p, layer in states.items())), ""):
@@ -247,7 +30,8 @@ def whole_layers(opt_state: Any) -> dict[str, LayerState]:
     return {path: unfolded(layer) for path, layer in states.items()}
 
 
-def find_states(opt_state: Any, kind: type) -> list[Any]:
+def find_states(opt_state: OptState, kind: type[S]) -> list[S]:
+    """As `search`; raises if there is none, or if one of ours is broken."""
     found = search(opt_state, kind)
     if not found:
         raise ValueError(
@@ -255,17 +39,38 @@ def find_states(opt_state: Any, kind: type) -> list[Any]:
             f"({type(opt_state).__name__}); pass what tx.init or tx.update returned"
         )
     for state in found:
-        if kind is ScaleByTekfacState and (broken := not_a_state(state)):
+        if isinstance(state, ScaleByTekfacState) and (broken := not_a_state(state)):
             raise ValueError(broken)
     return found
 
 
-def search(opt_state: Any, kind: type) -> list[Any]:
+def search(opt_state: OptState, kind: type[S]) -> list[S]:
     """All states of that type in an optax state, however deep."""
-    # A clip's state contains the state that it wraps: stop only at the kind that is looked for.
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
-    found = [node for node in nodes if isinstance(node, kind)]
+    found = list(states_by_name(opt_state, kind).values())
     return jax.tree.map(lambda x: x.__jax_array__() if _refers(x) else x, found, is_leaf=_refers)
+
+
+def states_by_name(tree: OptState, kind: type[S]) -> dict[Name, S]:
+    """All states of that type in a pytree, and where they are."""
+    # A clip's state contains the state that it wraps: stop only at the kind that is looked for.
+    nodes = with_names(tree, lambda node: isinstance(node, kind))
+    return {name: node for name, node in nodes if isinstance(node, kind)}
+
+
+def with_names(
+    tree: PyTree, is_leaf: Callable[[object], bool] | None = None
+) -> list[tuple[Name, Any]]:
+    """Leaves with names that do not depend on whether a node is a NamedTuple, a list or a dict."""
+    try:
+        nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    except ValueError as error:  # keys of several types cannot be sorted
+        raise ValueError(
+            f"an optimizer state must be a pytree whose dicts have keys of one type: {error}"
+        ) from error
+    return [
+        (tuple(jax.tree_util.keystr((key,), simple=True) for key in path), node)
+        for path, node in nodes
+    ]
 
 
 def _refers(node: Any) -> bool:

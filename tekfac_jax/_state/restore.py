@@ -1,14 +1,14 @@
 """What is saved of a state, and how it is taken up again."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tekfac_jax._state.layout import ADDED, LayerState, ScaleByTekfacState
-from tekfac_jax._state.recognise import (
+from tekfac_jax._layers.types import OptState, PyTree
+from tekfac_jax._state.compare import (
     difference,
     differing_paths,
     is_integer,
@@ -17,9 +17,10 @@ from tekfac_jax._state.recognise import (
     not_a_state,
     too_new,
 )
+from tekfac_jax._state.layout import ADDED, LayerState, ScaleByTekfacState
+from tekfac_jax._state.recognise import Name, states_by_name, with_names
 
 _FACTORS = ("phi", "psi")
-Name = tuple[str, ...]  # of a leaf: keys, fields and indices from the root
 
 
 def without_factors(opt_state: Any) -> Any:
@@ -114,28 +115,12 @@ def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
     )
 
 
-def _named(path: Any) -> Name:
-    """Names that do not depend on whether a node is a NamedTuple, a list or a dict."""
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+def _leaves_by_name(tree: PyTree) -> dict[Name, Any]:
+    return dict(with_names(tree))
 
 
-def _leaves_by_name(tree: Any) -> dict[Name, Any]:
-    return {_named(path): leaf for path, leaf in _with_paths(tree)}
-
-
-def _with_paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    try:
-        return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    except ValueError as error:  # keys of several types cannot be sorted
-        raise ValueError(
-            f"saved= and opt_state= must be pytrees, whose dicts have keys of one type: {error}"
-        ) from error
-
-
-def _ours(tree: Any) -> dict[Name, ScaleByTekfacState]:
-    """Our states and their places."""
-    nodes = _with_paths(tree, lambda node: isinstance(node, ScaleByTekfacState))
-    return {_named(path): node for path, node in nodes if isinstance(node, ScaleByTekfacState)}
+def _ours(tree: OptState) -> dict[Name, ScaleByTekfacState]:
+    return states_by_name(tree, ScaleByTekfacState)
 
 
 def _under(names: Mapping[Name, Any], root: Name) -> list[Name]:

@@ -1,6 +1,7 @@
-"""TODO: _tracing/nnx_modules"""
+"""Listening to the modules of `flax.nnx`: each call is told in the terms of linen."""
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,16 +12,7 @@ from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
-from tekfac_jax._tracing.layer_types import (
-    captured_input,
-    describe,
-    input_of,
-    is_norm,
-    is_supported,
-    kernel_of,
-    normalised,
-    why_not_supported,
-)
+from tekfac_jax._tracing.observe import ModuleCall, observe
 from tekfac_jax._tracing.recorder import current_recorder
 
 # The layers that nnx shares with linen: the same attributes, and the same parameters.
@@ -39,55 +31,47 @@ _LINEN: dict[type, type] = {
 
 
 @functools.cache
-def telling(kind: type) -> type:
-    """A subclass whose calls tell the recorder of the trace, where there is one."""
+def observed(kind: type) -> type:
+    """A subclass whose calls tell the recorder of the trace, if there is one."""
 
-    def telling(method: str) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return _tell(kind, method, self, args, kwargs)
+    def method_of(name: str) -> Callable[..., Any]:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _observe(kind, name, self, args, kwargs)
 
-        return call
+        return method
 
-    methods = [name for name in ("__call__", "attend") if hasattr(kind, name)]
-    body = {name: telling(name) for name in methods}
-    return type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})
+    methods = {name: method_of(name) for name in ("__call__", "attend") if hasattr(kind, name)}
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__})
 
 
-def _tell(
+def _observe(
     kind: type, method: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Makes the call, and tells of it."""
+    """Makes the call, and tells the recorder of it in the terms of linen."""
     recorder = current_recorder()
-    original = functools.partial(getattr(kind, method), module, *args, **kwargs)
+    run = functools.partial(getattr(kind, method), module, *args, **kwargs)
     if recorder is None:
-        return original()
+        return run()
     variables = {n: v for n, v in vars(module).items() if isinstance(v, nnx.Variable)}
     parameters = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.Param)}
+
+    def state() -> dict[str, Any]:
+        stats = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.BatchStat)}
+        return {"batch_stats": stats} if stats else {}
+
+    call = ModuleCall(
+        run=run,
+        kind=_LINEN.get(kind, kind),
+        method=method,
+        args=args,
+        kwargs=kwargs,
+        parameters=parameters,
+        module=functools.partial(_as_linen, module),
+        state=state,
+        name=kind.__name__,
+    )
     with recorder.module((args, kwargs, parameters)):
-        linen = _LINEN.get(kind, kind)
-        kernel = kernel_of(linen, parameters)
-        if kernel is None or not is_supported(linen, method, norms=recorder.norms):
-            result = original()
-            recorder.other(parameters, why_not_supported(linen, norms=recorder.norms))
-            return result
-        x = input_of(args, kwargs)
-        if not hasattr(x, "shape"):
-            return original()
-        like = _as_linen(module)
-        captured = captured_input(linen, method, like, x, parameters)
-        if is_norm(linen):
-            stats = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.BatchStat)}
-            state = {"batch_stats": stats} if stats else {}
-            x = normalised(linen, like, args, kwargs, state, captured.dtype)
-        return recorder.layer(
-            original,
-            x,
-            parameters,
-            kernel,
-            lambda y: describe(linen, method, like, x, y, kernel),
-            captured,
-            kind.__name__,
-        )
+        return observe(recorder, call)
 
 
 # What nnx has as a default where linen has None, or another function of the same name.
