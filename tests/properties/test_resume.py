@@ -405,7 +405,7 @@ def test_a_pickle_made_before_the_folders_goes_on(how):
     saved = pickle.loads(BEFORE_THE_FOLDERS.read_bytes())
     run = Run()
     assert saved["layers"] == run.layers
-    opt_state = saved["opt_state"]
+    saved_params, opt_state = jax.tree.map(jnp.asarray, (saved["params"], saved["opt_state"]))
     if how == "restore_state":
         opt_state = tekfac.restore_state(opt_state, run.tx.init(run.params))
     assert tekfac.check_state(opt_state, run.layers, run.tx.init(run.params)) == ""
@@ -415,7 +415,7 @@ def test_a_pickle_made_before_the_folders_goes_on(how):
     for name, value in expected.items():
         if name.endswith(("/trace", "/damping")):  # the same whichever basis `eigh` finds
             np.testing.assert_allclose(found[name], value, rtol=1e-3)
-    *_, (params, _) = run.go_on(*jax.tree.map(jnp.asarray, (saved["params"], opt_state)), 3)
+    *_, (params, _) = run.go_on(saved_params, opt_state, 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
