@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax as tekfac
-from benchmarks.data import DATASETS, load_dataset
+from benchmarks.data.sets import DATASETS, load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.fisher_errors import (
+from benchmarks.fisher.errors import (
     FLOOR,
     METHODS,
     USUAL,
@@ -39,11 +39,11 @@ from benchmarks.fisher_errors import (
     measurer,
     pairs,
 )
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import check_model, make_model
-from benchmarks.optimizers import OPTIMIZERS, RECIPES, Curvature
-from benchmarks.options import exit_with
-from benchmarks.timing import settings as machine
+from benchmarks.models.convnets import check_model, make_model
+from benchmarks.optimizers.recipes import OPTIMIZERS, RECIPES, Curvature
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with
+from benchmarks.training.timing import settings as machine
 
 # One colour for each method; dotted with location factors, dash-dotted with a low rank.
 _STYLES = {

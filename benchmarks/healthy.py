@@ -1,4 +1,4 @@
-"""What a healthy run looks like: ``python -m benchmarks.healthy --out docs/healthy.png``.
+"""What a healthy run looks like: ``python -m benchmarks.healthy --out docs/images/healthy.png``.
 
 Trains the small convolutional network on scikit-learn's digits with TEKFAC, records every step,
 and draws the record with `tekfac_jax.plot`. Less than a minute on a CPU.
@@ -14,11 +14,11 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import UsageError
-from benchmarks.loop import Task
-from benchmarks.models import make_model
-from benchmarks.options import exit_with
+from benchmarks.models.convnets import make_model
+from benchmarks.training.loop import Task
+from benchmarks.training.options import exit_with
 from tekfac_jax import plot
 
 # The basis is refreshed less often than its factors: so the picture shows how it ages.

@@ -22,9 +22,9 @@ from rich.table import Table
 
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
-from benchmarks.models import VGG16, ResNet20
-from benchmarks.networks import NETWORKS
-from benchmarks.options import exit_with
+from benchmarks.models.convnets import VGG16, ResNet20
+from benchmarks.models.shapes import NETWORKS
+from benchmarks.training.options import exit_with
 
 
 class Block(nn.Module):

@@ -19,18 +19,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import experiment as experiment_module
-from benchmarks import kfac_jax_trainer
-from benchmarks.augment import crop_and_flip
-from benchmarks.data import load_dataset
+from benchmarks.data.augment import crop_and_flip
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
-from benchmarks.halving import Candidate, candidates, grid_size, search
-from benchmarks.loop import COSINE, Task, Trainer, Trains
-from benchmarks.models import make_model
-from benchmarks.optimizers import divide
-from benchmarks.options import exit_with
-from benchmarks.runs import OutOfTime, Store, train, write_json
+from benchmarks.models.convnets import make_model
+from benchmarks.optimizers.recipes import divide
+from benchmarks.training import experiment as experiment_module
+from benchmarks.training import kfac_jax_trainer
+from benchmarks.training.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
+from benchmarks.training.halving import Candidate, candidates, grid_size, search
+from benchmarks.training.loop import COSINE, Task, Trainer, Trains
+from benchmarks.training.options import exit_with
+from benchmarks.training.runs import OutOfTime, Store, train, write_json
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """What a step of kfac-jax and of PSGD Kron costs: ``python -m benchmarks.peers --out out``.
 
 Neither runs on the versions that tekfac_jax is made for, so each wants an environment of its own:
-`benchmarks.kfac_jax_trainer` says which for the one, and for the other it is::
+`benchmarks.training.kfac_jax_trainer` says which for the one, and for the other it is::
 
     pip install "jax==0.10.2" "flax==0.12.8" "optax==0.2.6" psgd-jax
     pip install rich matplotlib scikit-learn pillow jaxtyping
@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.kfac_jax_trainer import KfacJaxTrainer, is_installed
-from benchmarks.loop import Task, Trainer
-from benchmarks.optimizers import RECIPES
-from benchmarks.options import exit_with
+from benchmarks.optimizers.recipes import RECIPES
 from benchmarks.speed import make_task
-from benchmarks.timing import MODELS, in_turn, ratios, settings
+from benchmarks.training.kfac_jax_trainer import KfacJaxTrainer, is_installed
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with
+from benchmarks.training.timing import MODELS, in_turn, ratios, settings
 
 _BATCH = 128
 _NOT_INSTALLED = (
     "neither kfac-jax nor psgd-jax is installed; each needs an environment of its own: "
-    "benchmarks/kfac_jax_trainer.py and benchmarks/peers.py say which"
+    "benchmarks/training/kfac_jax_trainer.py and benchmarks/peers.py say which"
 )
 
 

@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.augment import crop_and_flip
-from benchmarks.data import Dataset
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import make_model
-from benchmarks.prefetch import prefetch
-from benchmarks.timing import in_turn, random_images, ratios, settings
+from benchmarks.data.augment import crop_and_flip
+from benchmarks.data.prefetch import prefetch
+from benchmarks.data.sets import Dataset
+from benchmarks.models.convnets import make_model
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.timing import in_turn, random_images, ratios, settings
 
 _BASE = "step alone"
 

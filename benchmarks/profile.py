@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.loop import Trainer
-from benchmarks.options import basis_rank, exit_with
 from benchmarks.speed import COUNTS, INTERVALS, at_count, make_task
-from benchmarks.timing import MODELS
+from benchmarks.training.loop import Trainer
+from benchmarks.training.options import basis_rank, exit_with
+from benchmarks.training.timing import MODELS
 
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = .* ([\w\-]+)\(.*?op_name=\"([^\"]*)\"")
 _AROUND = ("while", "conditional", "call", "tuple")  # contain the time of others

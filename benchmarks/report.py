@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.errors import DataError
-from benchmarks.options import exit_with
-from benchmarks.results import Outcome, Results, plateau, read
-from benchmarks.summary import mean_and_spread, save_curves
+from benchmarks.reporting.results import Outcome, Results, plateau, read
+from benchmarks.reporting.summary import mean_and_spread, save_curves
+from benchmarks.training.options import exit_with
 
 _DASH = "–"
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax as tekfac
-from benchmarks.networks import NETWORKS
+from benchmarks.models.shapes import NETWORKS
 
 STEPS = 10
 BATCH = 64

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax
-from benchmarks.data import Dataset
+from benchmarks.data.sets import Dataset
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.loop import Task, Trainer
-from benchmarks.optimizers import Curvature
-from benchmarks.options import basis_rank, exit_with
-from benchmarks.timing import (
+from benchmarks.optimizers.recipes import Curvature
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import basis_rank, exit_with
+from benchmarks.training.timing import (
     BATCHES,
     MODELS,
     draw,

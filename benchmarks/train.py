@@ -7,14 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import DataError, UsageError
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import make_model
-from benchmarks.optimizers import RECIPES
-from benchmarks.options import exit_with, parse
-from benchmarks.search import TRIALS, Search, search_learning_rate
-from benchmarks.summary import Result, save_curves, save_json, show_table
+from benchmarks.models.convnets import make_model
+from benchmarks.optimizers.recipes import RECIPES
+from benchmarks.reporting.summary import Result, save_curves, save_json, show_table
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with, parse
+from benchmarks.training.search import TRIALS, Search, search_learning_rate
 
 # The search sees other parameters and another order of the data than the runs that count.
 _SEARCH_SEED = 1_000_000

@@ -180,4 +180,4 @@ def test_the_page_runs_and_its_picture_is_small(tmp_path, monkeypatch):
     records = namespace["records"]
     assert records[-1]["loss"] < records[0]["loss"] / 2
     assert {"Dense_0/angle", "Dense_0/update_ratio", "Dense_0/damping"} <= set(records[0])
-    assert (DOCS / "healthy.png").stat().st_size < 150_000
+    assert (DOCS / "images" / "healthy.png").stat().st_size < 150_000

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 
 BATCH = 64
 

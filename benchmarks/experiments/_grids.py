@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.experiment import Entry
+from benchmarks.training.experiment import Entry
 
 # Section 4.1 of the paper.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)

@@ -9,9 +9,9 @@ On two CPU cores 35 s a run of four epochs, and a compilation for most entries: 
 
 from typing import Any
 
-from benchmarks.experiment import Entry, Experiment, TaskSpec
 from benchmarks.experiments._grids import intervals
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Entry, Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 
 def _entry(label: str, optimizer: str = "tekfac", **changed: Any) -> Entry:

@@ -4,9 +4,9 @@ A run of four epochs takes half a minute on two CPU cores: everything about ten 
 ``python -m benchmarks.paper defaults_vggmini_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, TaskSpec
 from benchmarks.experiments._grids import default_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="damping and intervals of TEKFAC, VGG-mini, 10,000 images of CIFAR-10",

@@ -3,13 +3,13 @@
 Every one has its own defaults; only the learning rate is tuned, over three decades.
 A step takes 70 to 85 ms on two CPU cores, a run of six epochs with its evaluation about 45 s:
 everything about 50 minutes. kfac-jax wants an environment of its own, see
-`benchmarks.kfac_jax_trainer`.
+`benchmarks.training.kfac_jax_trainer`.
 ``python -m benchmarks.paper reading_vggmini_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Targets, TaskSpec
 from benchmarks.experiments._grids import tuned_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, Targets, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="VGG-mini on 10,000 images of CIFAR-10, every optimizer tuned",

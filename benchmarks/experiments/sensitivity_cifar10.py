@@ -5,8 +5,8 @@ The paper's Figure 4 (a) and Table 4 and 5 in small: a narrow ResNet8 and 10,000
 ``python -m benchmarks.paper sensitivity_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, TaskSpec
 from benchmarks.experiments._grids import half_decades
+from benchmarks.training.experiment import Entry, Experiment, TaskSpec
 
 RATES = half_decades(1e-3, 7)
 SETTINGS = ((50, 1e-2), (50, 1e-4), (50, 1.0), (10, 1e-2))  # T, ϑ

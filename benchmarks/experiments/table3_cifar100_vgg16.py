@@ -7,10 +7,10 @@ for each of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_cifar100_vgg16 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
 from benchmarks.experiments._grids import paper_entries
-from benchmarks.halving import Rung
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import Schedule
 
 EXPERIMENT = Experiment(
     title="Table 3, CIFAR-100, VGG16",

@@ -6,9 +6,9 @@ The paper's figures, for ϑ from 1e-4 to 100 in decades: 76.81, 76.65, 77.04, 76
 ``python -m benchmarks.paper table4_theta_floor --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, Published, TaskSpec
 from benchmarks.experiments._grids import PAPER
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Entry, Experiment, Published, TaskSpec
+from benchmarks.training.loop import Schedule
 
 VALUES = (1e-2, 1e-4, 1e-3, 1e-1, 1.0, 10.0, 100.0)
 FIXED = {**PAPER, "damping": "trace", "learning_rate": 1e-3}

@@ -6,9 +6,9 @@ epochs, three seeds. Made for a GPU: 12 runs of 39,000 steps, no search.
 ``python -m benchmarks.paper table5_learning_rate --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, Published, TaskSpec
 from benchmarks.experiments._grids import PAPER
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Entry, Experiment, Published, TaskSpec
+from benchmarks.training.loop import Schedule
 
 VALUES = (1e-3, 1e-4, 1e-2, 1e-1)
 FIXED = {**PAPER, "damping": "trace", "trace_floor": 1e-2}

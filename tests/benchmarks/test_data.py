@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import scipy.io
 
-from benchmarks.cifar import VARIANTS
-from benchmarks.data import DATASETS, DataError, load_dataset
+from benchmarks.data.cifar import VARIANTS
+from benchmarks.data.sets import DATASETS, DataError, load_dataset
 
 
 def make_split(count, size, num_classes):

@@ -16,10 +16,16 @@ import numpy as np
 import optax
 
 import tekfac_jax
-from benchmarks.data import Dataset
+from benchmarks.data.prefetch import prefetch
+from benchmarks.data.sets import Dataset
 from benchmarks.errors import UsageError
-from benchmarks.optimizers import RECIPES, Curvature, divide, make_optimizer, set_hyperparams
-from benchmarks.prefetch import prefetch
+from benchmarks.optimizers.recipes import (
+    RECIPES,
+    Curvature,
+    divide,
+    make_optimizer,
+    set_hyperparams,
+)
 
 _EVALUATION_BATCH = 500
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from benchmarks import experiments
 from benchmarks.errors import check_choice
-from benchmarks.halving import Rung
-from benchmarks.loop import COSINE, Schedule
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import COSINE, Schedule
 
 SEARCH_SEED = 1_000_000  # other parameters and another order of the data than runs that count
 # The table of an experiment: optimizers side by side, a sweep over settings, or each entry beside

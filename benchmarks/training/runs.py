@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 
 import tekfac_jax
 from benchmarks.errors import UsageError
-from benchmarks.experiment import RunSpec
-from benchmarks.loop import Trains, TrainState
-from benchmarks.optimizers import divide
-from benchmarks.timing import settings as machine
+from benchmarks.optimizers.recipes import divide
+from benchmarks.training.experiment import RunSpec
+from benchmarks.training.loop import Trains, TrainState
+from benchmarks.training.timing import settings as machine
 
 _CHECKPOINT_EVERY = 60.0  # seconds; a kill costs no more than that and an epoch
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")

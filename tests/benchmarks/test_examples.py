@@ -17,7 +17,7 @@ from benchmarks import scaling
 from benchmarks.examples import pmap, shard_map, sharded_jit
 from benchmarks.examples.processes import LOST
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CLOSE = 1e-4  # relative, float32 after ten steps
 STEPS = 10
 

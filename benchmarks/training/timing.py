@@ -13,8 +13,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.models import CNN, VGG16, ResNet20
-from benchmarks.transformers import ViT
+from benchmarks.models.convnets import CNN, VGG16, ResNet20
+from benchmarks.models.transformers import ViT
 
 BATCHES = 8  # that take turns: curvature must move, or a refresh has nothing to do
 

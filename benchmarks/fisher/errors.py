@@ -11,7 +11,7 @@ import optax
 
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
-from benchmarks.fisher_blocks import Diagonal, kronecker_floor, make_block, relative_error
+from benchmarks.fisher.blocks import Diagonal, kronecker_floor, make_block, relative_error
 
 METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "KFAC": tekfac.scale_by_kfac,

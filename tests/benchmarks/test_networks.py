@@ -10,7 +10,7 @@ import pytest
 
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
-from benchmarks.models import DTYPES, MODELS, VGG, ResNet, make_model
+from benchmarks.models.convnets import DTYPES, MODELS, VGG, ResNet, make_model
 
 # name -> shape of an example
 SIZES = {

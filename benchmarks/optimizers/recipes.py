@@ -13,7 +13,7 @@ import optax.contrib
 
 import tekfac_jax
 from benchmarks.errors import UsageError
-from benchmarks.soap import soap
+from benchmarks.optimizers.soap import soap
 from tekfac_jax import _refresh
 
 # Settings that may stand in the optimizer's state where they are numbers, so that one compiled

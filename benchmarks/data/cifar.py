@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from benchmarks.errors import DataError, check_subset
-from benchmarks.images import (
+from benchmarks.data.readers import (
     DAMAGE,
     Moments,
     RawImages,
@@ -29,7 +28,8 @@ from benchmarks.images import (
     joined,
     shuffled,
 )
-from benchmarks.unpickle import safe_loads
+from benchmarks.data.safe_pickle import safe_loads
+from benchmarks.errors import DataError, check_subset
 
 _SIZE = 32
 _DOWNLOAD = "https://www.cs.toronto.edu/~kriz/cifar.html"

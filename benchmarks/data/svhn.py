@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from benchmarks.errors import DataError
-from benchmarks.images import (
+from benchmarks.data.readers import (
     RawImages,
     Source,
     Split,
@@ -16,6 +15,7 @@ from benchmarks.images import (
     moments,
     shuffled,
 )
+from benchmarks.errors import DataError
 
 _TITLE = "SVHN"
 _CLASSES = 10

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from benchmarks.data import DATASETS
+from benchmarks.data.sets import DATASETS
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.models import MODELS, check_model
-from benchmarks.optimizers import OPTIMIZERS, Curvature, library_interval
+from benchmarks.models.convnets import MODELS, check_model
+from benchmarks.optimizers.recipes import OPTIMIZERS, Curvature, library_interval
 
 
 class Defaults(NamedTuple):

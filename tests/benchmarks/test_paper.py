@@ -18,12 +18,14 @@ import pytest
 from PIL import Image
 
 import tekfac_jax
-from benchmarks import experiment, experiments, kfac_jax_trainer, paper, report, results, runs
+from benchmarks import experiments, paper, report
 from benchmarks.errors import UsageError
-from benchmarks.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
-from benchmarks.halving import Rung, candidates, grid_size, search
-from benchmarks.loop import COSINE, Schedule, Task, Trainer
-from benchmarks.optimizers import divide, make_optimizer
+from benchmarks.optimizers.recipes import divide, make_optimizer
+from benchmarks.reporting import results
+from benchmarks.training import experiment, kfac_jax_trainer, runs
+from benchmarks.training.experiment import Entry, Experiment, RunSpec, Targets, TaskSpec
+from benchmarks.training.halving import Rung, candidates, grid_size, search
+from benchmarks.training.loop import COSINE, Schedule, Task, Trainer
 from tests.test_errors import simple_case
 
 TASK = TaskSpec("digits", "cnn", subset=320, width=4, batch_size=64)
@@ -173,7 +175,8 @@ def test_killed_run_continues_as_if_nothing_had_been(tmp_path, trainer, whole, k
 KILLED = """
 import sys, threading
 from pathlib import Path
-from tests import resuming, test_paper
+from tests import resuming
+from tests.benchmarks import test_paper
 
 store = test_paper.runs.Store(Path(sys.argv[1]), checkpoint_every=0.0)
 saved, save = [], store.save
@@ -196,7 +199,7 @@ test_paper.runs.train(test_paper.spec(), store, lambda: test_paper.make_trainer(
 def test_run_killed_in_the_middle_of_a_save_continues(tmp_path, trainer, whole, monkeypatch):
     """By SIGKILL, which nothing can catch: one checkpoint is whole, another is not."""
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    killed = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True)
+    killed = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert {"1"} < {path.name for path in folder.iterdir()}

@@ -8,22 +8,22 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from benchmarks import cifar, idx, svhn
+from benchmarks.data import cifar, fashion_mnist, svhn
+from benchmarks.data.readers import Moments, Split
+from benchmarks.data.text import read_alice
 from benchmarks.errors import DataError, check_subset
-from benchmarks.images import Moments, Split
-from benchmarks.text import read_alice
 
 __all__ = ["DATASETS", "DataError", "Dataset", "Examples", "load_dataset"]
 
 Examples = Literal["images", "windows"]  # windows of a text
 
-_ON_DISK = cifar.SOURCES | svhn.SOURCES | idx.SOURCES
+_ON_DISK = cifar.SOURCES | svhn.SOURCES | fashion_mnist.SOURCES
 # name -> what its examples are
 DATASETS: dict[str, Examples] = {
     "digits": "images",
     **dict.fromkeys(cifar.SOURCES, "images"),
     "alice": "windows",
-    **dict.fromkeys((*svhn.SOURCES, *idx.SOURCES), "images"),
+    **dict.fromkeys((*svhn.SOURCES, *fashion_mnist.SOURCES), "images"),
 }
 _DIGITS_TEST = 360  # a fifth of the 1797 images
 

@@ -1,4 +1,4 @@
-"""Networks by name: a CNN, ResNets and VGGs here, `benchmarks.transformers` beside it."""
+"""Networks by name: a CNN, ResNets and VGGs here, `benchmarks.models.transformers` beside it."""
 
 import functools
 from collections.abc import Callable
@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from benchmarks.data import Examples
+from benchmarks.data.sets import Examples
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.transformers import Transformer, ViT, head
+from benchmarks.models.transformers import Transformer, ViT, head
 
 # What a module computes in; its parameters are float32 whatever it is.
 DTYPES = ("float32", "bfloat16")

@@ -20,11 +20,12 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks.errors import UsageError
-from benchmarks.loop import Steps, Task, train_epoch
+from benchmarks.training.loop import Steps, Task, train_epoch
 
 NAME = "kfac-jax"
 NOT_INSTALLED = (
-    "kfac-jax, which needs an environment of its own (benchmarks/kfac_jax_trainer.py says which)"
+    "kfac-jax, which needs an environment of its own "
+    "(benchmarks/training/kfac_jax_trainer.py says which)"
 )
 # Damping and momentum have no default in kfac-jax; the others are as there.
 _NUMBERS = {"damping": 1e-3, "momentum": 0.9}  # may change from run to run
@@ -58,7 +59,7 @@ class State(NamedTuple):
 
 
 class KfacJaxTrainer:
-    """kfac-jax on a task, with the interface of `benchmarks.loop.Trainer`.
+    """kfac-jax on a task, with the interface of `benchmarks.training.loop.Trainer`.
 
     It compiles by itself at its first step; that step is taken here, on a copy, so that no run
     is charged for it.
@@ -132,5 +133,5 @@ class KfacJaxTrainer:
         return new, jnp.asarray(found["loss"])
 
     def train_epoch(self, state: State, **options: Any) -> tuple[State, Steps]:
-        """One epoch of a run: see `benchmarks.loop.train_epoch`."""
+        """One epoch of a run: see `benchmarks.training.loop.train_epoch`."""
         return train_epoch(self.task, self.compiled, state, **options)

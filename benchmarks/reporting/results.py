@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.errors import DataError
-from benchmarks.loop import Epoch, Run
-from benchmarks.summary import Result
+from benchmarks.reporting.summary import Result
+from benchmarks.training.loop import Epoch, Run
 
 
 class Outcome(NamedTuple):
@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
         ]
 
     def as_result(self) -> Result:
-        """For the curves of `benchmarks.summary`."""
+        """For the curves of `benchmarks.reporting.summary`."""
         rate = (self.settings or {}).get("learning_rate", math.nan)
         runs = [
             Run(

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.augment import AUGMENTED, crop_and_flip
-from benchmarks.data import DATASETS
+from benchmarks.data.augment import AUGMENTED, crop_and_flip
+from benchmarks.data.prefetch import prefetch
+from benchmarks.data.sets import DATASETS
 from benchmarks.errors import UsageError
-from benchmarks.models import CNN
+from benchmarks.models.convnets import CNN
 from benchmarks.pipeline import measure
-from benchmarks.prefetch import prefetch
 
 
 def numbered(shape):

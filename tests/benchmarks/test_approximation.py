@@ -13,8 +13,8 @@ from rich.console import Console
 
 from benchmarks import approximation
 from benchmarks.errors import UsageError
-from benchmarks.fisher_blocks import Diagonal, kronecker_floor, make_block, relative_error
-from benchmarks.fisher_errors import (
+from benchmarks.fisher.blocks import Diagonal, kronecker_floor, make_block, relative_error
+from benchmarks.fisher.errors import (
     FLOOR,
     METHODS,
     Point,

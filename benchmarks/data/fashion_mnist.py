@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.errors import DataError
-from benchmarks.images import (
+from benchmarks.data.readers import (
     DAMAGE,
     RawImages,
     Source,
@@ -24,6 +23,7 @@ from benchmarks.images import (
     moments,
     shuffled,
 )
+from benchmarks.errors import DataError
 
 _TITLE = "Fashion-MNIST"
 _CLASSES = 10

@@ -20,8 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.loop import Run
-from benchmarks.search import Search
+from benchmarks.training.loop import Run
+from benchmarks.training.search import Search
 
 _PACKAGES = ("tekfac_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scikit-learn")
 

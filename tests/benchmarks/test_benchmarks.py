@@ -18,21 +18,23 @@ import pytest
 from PIL import Image
 
 import tekfac_jax as tekfac
-from benchmarks import memory, peers, profile, speed, text, timing
-from benchmarks.cifar import VARIANTS
-from benchmarks.data import DATASETS, DataError, load_dataset
+from benchmarks import memory, peers, profile, speed
+from benchmarks.data import text
+from benchmarks.data.cifar import VARIANTS
+from benchmarks.data.safe_pickle import safe_loads
+from benchmarks.data.sets import DATASETS, DataError, load_dataset
+from benchmarks.data.text import WINDOW, cut_text
 from benchmarks.errors import UsageError
-from benchmarks.loop import Task, Trainer, cosine
-from benchmarks.models import MODELS, make_model
-from benchmarks.optimizers import OPTIMIZERS, RECIPES, Curvature
-from benchmarks.options import parse
-from benchmarks.search import TRIALS, search_learning_rate
-from benchmarks.soap import soap
-from benchmarks.text import WINDOW, cut_text
-from benchmarks.timing import random_images
+from benchmarks.models.convnets import MODELS, make_model
+from benchmarks.models.transformers import Transformer, ViT
+from benchmarks.optimizers.recipes import OPTIMIZERS, RECIPES, Curvature
+from benchmarks.optimizers.soap import soap
 from benchmarks.train import main
-from benchmarks.transformers import Transformer, ViT
-from benchmarks.unpickle import safe_loads
+from benchmarks.training import timing
+from benchmarks.training.loop import Task, Trainer, cosine
+from benchmarks.training.options import parse
+from benchmarks.training.search import TRIALS, search_learning_rate
+from benchmarks.training.timing import random_images
 
 CIFAR = tuple(VARIANTS)
 FREQUENT = Curvature(5, 5, 5)
