@@ -19,12 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks import experiments
 from benchmarks.data.augment import crop_and_flip
 from benchmarks.data.sets import load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
 from benchmarks.models.convnets import make_model
 from benchmarks.optimizers.recipes import divide
-from benchmarks.training import experiment as experiment_module
 from benchmarks.training import kfac_jax_trainer
 from benchmarks.training.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
 from benchmarks.training.halving import Candidate, candidates, grid_size, search
@@ -41,8 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         if options.list or options.experiment is None:
             _show_list(console)
             return
-        names = experiment_module.names() if options.experiment == "all" else [options.experiment]
-        loaded = {name: experiment_module.load(name) for name in names}
+        names = experiments.names() if options.experiment == "all" else [options.experiment]
+        loaded = {name: experiments.load(name) for name in names}
         deadline = time.monotonic() + 60 * options.minutes
         for name, (experiment, doc) in loaded.items():
             out = options.out or Path("out") / "paper"
@@ -83,8 +83,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _show_list(console: Console) -> None:
-    for name in experiment_module.names():
-        experiment, doc = experiment_module.load(name)
+    for name in experiments.names():
+        experiment, doc = experiments.load(name)
         console.print(f"[bold]{name}[/bold]: {experiment.title}", highlight=False)
         console.print(f"  {len(experiment.entries)} entries; {doc.splitlines()[0]}")
 

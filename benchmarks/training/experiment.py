@@ -1,15 +1,11 @@
 """What an experiment is: a task, optimizers with their grids, and what is to be reported."""
 
 import hashlib
-import importlib
 import json
-import pkgutil
 import re
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from benchmarks import experiments
-from benchmarks.errors import check_choice
 from benchmarks.training.halving import Rung
 from benchmarks.training.loop import COSINE, Schedule
 
@@ -93,20 +89,3 @@ class RunSpec(NamedTuple):
         slug = re.sub(r"[^\w.+=-]+", "-", self.label).strip("-")
         rate = self.settings.get("learning_rate", 0)
         return f"{slug}_lr{rate:g}_{self.epochs}ep_{kind}_{digest}"
-
-
-def names() -> list[str]:
-    """The experiments, in the order in which `all` goes through them."""
-    found = {module.name for module in pkgutil.iter_modules(experiments.__path__)}
-    return [name for name in experiments.ORDER if name in found]
-
-
-def load(name: str) -> tuple[Experiment, str]:
-    """An experiment, and what its module says about it.
-
-    Raises:
-        UsageError: there is no such experiment.
-    """
-    check_choice("experiment", name, tuple(names()))
-    module = importlib.import_module(f"{experiments.__name__}.{name}")
-    return module.EXPERIMENT, module.__doc__ or ""

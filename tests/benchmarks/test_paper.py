@@ -57,7 +57,7 @@ def only_tiny(tiny=TINY):
     """The experiment above in the place of those of the paper."""
     module = types.SimpleNamespace(EXPERIMENT=tiny, __doc__="Tiny.\n\nNothing else.")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "names", lambda: ["tiny"])
+        patch.setattr(experiments, "names", lambda: ["tiny"])
         patch.setitem(sys.modules, "benchmarks.experiments.tiny", module)
         yield
 
@@ -355,7 +355,7 @@ def test_step_decay():
 @pytest.mark.parametrize("name", [name for name in experiments.ORDER if name.startswith("table")])
 def test_tables_of_the_paper_have_its_damping(name):
     """Whatever the library's own default: Eq. 3.5 itself."""
-    family = [e for e in experiment.load(name)[0].entries if e.optimizer.endswith("fac")]
+    family = [e for e in experiments.load(name)[0].entries if e.optimizer.endswith("fac")]
     assert family
     for entry in family:
         assert entry.fixed["damping_scale"] == 1.0, entry.label
@@ -365,7 +365,7 @@ def test_tables_of_the_paper_have_its_damping(name):
 @pytest.mark.parametrize("name", experiments.ORDER)
 def test_experiments_are_complete(name, trainer):
     """It can be made, has different labels, and says how it is run."""
-    found, doc = experiment.load(name)
+    found, doc = experiments.load(name)
     assert f"python -m benchmarks.paper {name}" in doc
     labels = [entry.label for entry in found.entries]
     assert len(set(labels)) == len(labels)
