@@ -17,6 +17,7 @@ from benchmarks.fisher.blocks import Diagonal, kronecker_floor, make_block, rela
 from benchmarks.fisher.errors import (
     FLOOR,
     METHODS,
+    Errors,
     Point,
     TheoremError,
     check_theorems,
@@ -27,13 +28,6 @@ from tests.oracles import fisher, partial_traces, random_orthogonal, relative
 
 TINY = 1e-10
 SHAPES = ((3, 2), (2, 5), (4, 4), (7, 3))
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Users' setting: optax.adam and flax's pooling rely on it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def random_gradients(shape, count=6, seed=0):
@@ -200,7 +194,7 @@ def test_too_many_gradients_are_refused():
 
 
 def a_point(**changes):
-    errors = dict.fromkeys((*METHODS, FLOOR), 0.5)
+    errors: Errors = dict.fromkeys((*METHODS, FLOOR), 0.5)
     return Point(3, 1.0, {"Conv_0": errors, "Dense_0": errors | changes})
 
 

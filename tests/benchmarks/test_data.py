@@ -1,4 +1,4 @@
-"""Data sets from small copies of the official files; `test_benchmarks` has the older layouts."""
+"""Data sets from small copies of the official files (`test_cifar` has more), digits and a text."""
 
 import gzip
 import io
@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import scipy.io
 
+from benchmarks.data import text
 from benchmarks.data.cifar import VARIANTS
 from benchmarks.data.sets import DATASETS, DataError, load_dataset
+from benchmarks.data.text import WINDOW, cut_text
+from tests.benchmarks.refusals import assert_refused
 
 
 def make_split(count, size, num_classes):
@@ -377,3 +380,67 @@ def test_a_directory_is_needed(name):
     assert DATASETS[name] == "images"
     with pytest.raises(DataError, match=f"{name} is read from a directory: pass with --data"):
         load_dataset(name)
+
+
+# --- digits, and a text ----------------------------------------------------------------------
+
+
+def test_digits_are_split_evenly_and_standardised():
+    digits = load_dataset("digits")
+    assert digits.train_inputs.shape == (1437, 8, 8, 1)
+    assert digits.test_inputs.shape == (360, 8, 8, 1)
+    assert digits.train_inputs.mean() == pytest.approx(0, abs=1e-5)
+    assert digits.train_inputs.std() == pytest.approx(1, abs=1e-5)
+    # Stratified: a fifth of every class, of 174 to 183 images, to within one.
+    counts = np.bincount(digits.test_labels)
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    smaller = load_dataset("digits", subset=100)
+    np.testing.assert_array_equal(smaller.train_inputs, digits.train_inputs[:100])
+
+
+def test_windows_come_back_as_the_text():
+    raw = "".join(chr(ord("a") + i * i % 26) for i in range(1500))
+    read = cut_text(raw, None, "squares")
+    assert read.num_characters == len(set(raw))
+    order = np.random.default_rng(0).permutation(21)
+    # 1350 characters to train with: 21 windows of 64, and the character after the last.
+    for windows, rows, start, count in (
+        (read.train, np.argsort(order), 0, 21),
+        (read.test, slice(None), 1350, 2),
+    ):
+        alphabet = np.array(sorted(set(raw)))
+        for array, shift in ((windows.inputs, 0), (windows.labels, 1)):
+            assert array.shape == (count, WINDOW)
+            assert array.dtype == np.int32
+            restored = "".join(alphabet[array[rows]].ravel())
+            assert restored == raw[start + shift :][: count * WINDOW]
+    smaller = cut_text(raw, 5, "squares")
+    np.testing.assert_array_equal(smaller.train.labels, read.train.labels[:5])
+    np.testing.assert_array_equal(smaller.test.inputs, read.test.inputs)
+
+
+def test_alice_is_the_book_and_nothing_else():
+    alice = load_dataset("alice")
+    assert alice.train_inputs.shape == alice.train_labels.shape == (2027, WINDOW)
+    assert alice.test_inputs.shape == alice.test_labels.shape == (225, WINDOW)
+    assert alice.num_classes == 66
+    assert alice.examples == "windows"
+    content = text.ALICE.read_text("ascii")
+    assert content.startswith("CHAPTER I. Down the Rabbit-Hole\n\nAlice was beginning")
+    assert content.endswith("her own child-life, and the happy summer days.\n")
+    assert "Gutenberg" not in content
+
+
+def test_text_too_short_is_refused():
+    with pytest.raises(DataError, match="squares has 640 characters: its last tenth must hold"):
+        cut_text("a" * 640, None, "squares")
+
+
+def test_lost_text_is_refused_in_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(text, "ALICE", tmp_path / "alice.txt")
+    message = "cannot read .*alice.txt .*: restore it"
+    arguments = ["--dataset", "alice", "--out", str(tmp_path)]
+    assert_refused(arguments, message, capsys)
+    (tmp_path / "alice.txt").write_bytes(b"\xff" * 2000)
+    assert_refused(arguments, message, capsys)

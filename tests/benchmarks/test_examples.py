@@ -22,12 +22,6 @@ CLOSE = 1e-4  # relative, float32 after ten steps
 STEPS = 10
 
 
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 @pytest.fixture(scope="module")
 def expected():
     """Parameters after some steps on one device."""

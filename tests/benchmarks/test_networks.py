@@ -11,7 +11,9 @@ import pytest
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
 from benchmarks.models.convnets import DTYPES, MODELS, VGG, ResNet, make_model
+from benchmarks.models.transformers import Transformer, ViT
 
+IMAGE = (32, 32, 3)
 # name -> shape of an example
 SIZES = {
     "cnn": (8, 8, 1),
@@ -22,13 +24,6 @@ SIZES = {
     "resnet8": (8, 8, 3),
     "vgg-mini": (8, 8, 3),
 }
-
-
-@pytest.fixture(autouse=True)
-def standard_promotion():
-    """Users' setting: flax's pooling relies on it."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def inputs(size, count=2):
@@ -63,23 +58,26 @@ def vgg_parameters(channels):
 
 
 @pytest.mark.parametrize(
-    ("model", "expected"),
+    ("model", "size", "expected"),
     [
-        (make_model("resnet8", 10), resnet_parameters(1, 16)),
-        (make_model("resnet8", 10, 6), resnet_parameters(1, 6)),
-        (make_model("resnet20", 10, 16), 269_722),
-        (make_model("resnet20", 10, 64), 4_286_026),
-        (ResNet(depth=32), resnet_parameters(5, 16)),
-        (ResNet(depth=14, width=4), resnet_parameters(2, 4)),
-        (make_model("vgg16", 10, 64), 14_724_042),
-        (make_model("vgg-mini", 10), vgg_parameters([16, 16, 32, 32, 64, 64])),
-        (make_model("vgg-mini", 10, 5), vgg_parameters([5, 5, 10, 10, 20, 20])),
+        (make_model("cnn", 10), (8, 8, 1), 21_546),
+        (make_model("resnet8", 10), IMAGE, resnet_parameters(1, 16)),
+        (make_model("resnet8", 10, 6), IMAGE, resnet_parameters(1, 6)),
+        (make_model("resnet20", 10, 16), IMAGE, 269_722),
+        (make_model("resnet20", 10, 64), IMAGE, 4_286_026),
+        (ResNet(depth=32), IMAGE, resnet_parameters(5, 16)),
+        (ResNet(depth=14, width=4), IMAGE, resnet_parameters(2, 4)),
+        (make_model("vgg16", 10, 64), IMAGE, 14_724_042),
+        (make_model("vgg-mini", 10), IMAGE, vgg_parameters([16, 16, 32, 32, 64, 64])),
+        (make_model("vgg-mini", 10, 5), IMAGE, vgg_parameters([5, 5, 10, 10, 20, 20])),
         # Configuration A of Simonyan and Zisserman, 11 layers.
-        (VGG(width=2, stages=(1, 1, 2, 2, 2)), vgg_parameters([2, 4, 8, 8, 16, 16, 16, 16])),
+        (VGG(width=2, stages=(1, 1, 2, 2, 2)), IMAGE, vgg_parameters([2, 4, 8, 8, 16, 16, 16, 16])),
+        (make_model("vit", 10), IMAGE, 207_946),
+        (make_model("transformer", 66), (64,), 212_674),
     ],
 )
-def test_number_of_parameters(model, expected):
-    assert count(shapes(model, (32, 32, 3))["params"]) == expected
+def test_number_of_parameters(model, size, expected):
+    assert count(shapes(model, size)["params"]) == expected
 
 
 def test_affine_free_networks_lose_two_parameters_a_channel():
@@ -97,11 +95,21 @@ def mean_logit(model, params, batch_stats, x):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-@pytest.mark.parametrize(("name", "layers"), [("resnet8", 8), ("vgg-mini", 7), ("vgg16", 14)])
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet8", 8),
+        ("resnet20", 20),
+        ("vgg-mini", 7),
+        ("vgg16", 14),
+        ("vit", 2 + 4 * 6 + 1),
+        ("transformer", 2 + 4 * 6 + 1),
+    ],
+)
 def test_without_affine_every_parameter_is_covered(name, layers, dtype):
     model = make_model(name, 10, 4, affine=False, dtype=dtype)
     variables = shapes(model, SIZES[name])
-    args = variables["params"], variables["batch_stats"], inputs(SIZES[name])
+    args = variables["params"], variables.get("batch_stats", {}), inputs(SIZES[name])
     found = tekfac.find_layers(functools.partial(mean_logit, model), *args)
     assert len(found) == layers
     assert not found.uncovered
@@ -113,6 +121,18 @@ def test_small_networks_take_every_data_set(name, size):
     model = make_model(name, 7, 2)
     logits = jax.eval_shape(model.apply, shapes(model, size), inputs(size))
     assert logits.shape == (2, 7)
+
+
+def test_transformer_sees_no_later_character():
+    model = Transformer(num_classes=5, width=8, depth=2)
+    rng = np.random.default_rng(0)
+    x = rng.integers(5, size=(2, 12)).astype(np.int32)
+    variables = model.init(jax.random.key(0), x)
+    changed = np.where(np.arange(12) < 7, x, (x + 1) % 5)
+    logits, other = (np.asarray(model.apply(variables, ids)) for ids in (x, changed))
+    assert logits.shape == (2, 12, 5)
+    np.testing.assert_allclose(logits[:, :7], other[:, :7], atol=1e-6)
+    assert (abs(logits[:, 7:] - other[:, 7:]).max(axis=(0, 2)) > 1e-3).all()
 
 
 # --- half precision ------------------------------------------------------------------------------
@@ -178,6 +198,11 @@ def test_images_too_small_are_refused(name, size, least):
     found = f"{name} is made for {least} images, these are {size[0]}x{size[1]}: choose larger"
     with pytest.raises(UsageError, match=found):
         shapes(make_model(name, 10, 2), size)
+
+
+def test_images_that_patches_do_not_divide_are_refused():
+    with pytest.raises(UsageError, match="patches of 4x4, these are 32x30: choose"):
+        shapes(ViT(), (32, 30, 3))
 
 
 @pytest.mark.parametrize("dtype", ["float33", "float16", "int32", jnp.int8])
