@@ -1,7 +1,7 @@
 """What a healthy run looks like: ``python -m benchmarks.healthy --out docs/images/healthy.png``.
 
 Trains the small convolutional network on scikit-learn's digits with TEKFAC, records every step,
-and draws the record with `tekfac_jax.plot`. Less than a minute on a CPU.
+and draws the record with `tekfac_jax.plot`. Takes less than a minute on a CPU.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.training.loop import Task
 from benchmarks.training.options import exit_with
 from tekfac_jax import plot
 
-# The basis is refreshed less often than its factors: so the picture shows how it ages.
+# The basis is refreshed less often than its factors, so that the picture shows it ageing.
 _INTERVALS: dict[str, Any] = {
     "factor_interval": 10,
     "eigenbasis_interval": 50,
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def record(task: Task, *, epochs: int, learning_rate: float, seed: int = 0) -> Recorded:
-    """Trains with TEKFAC and keeps what a logger would get, for every step.
+    """Trains with TEKFAC and keeps what a logger would record, for every step.
 
     Args:
         task: network and data.

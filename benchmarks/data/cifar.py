@@ -1,8 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) from disk, as uint8.
 
-Three layouts are read: the official archives, unpacked or not, in their python and their binary
-version, and a packed one, a pair of `.npz` files that each hold half of the images as lossless
-WebP.
+Three layouts are read: the official archives in the python or the binary version, unpacked or not,
+and a pair of `.npz` packs, each with half of the images as lossless WebP.
 """
 
 import functools
@@ -57,13 +56,13 @@ class Variant(NamedTuple):
     labels_key: str
     binary: Binary
     packs: tuple[str, str]
-    # Of the training set per channel, pixels in 0..1, measured; a pack may hold half of it.
+    # Per channel over the whole training set, pixels in 0..1; one pack alone holds half of it.
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
     @property
     def files(self) -> str:
-        """What may be in the directory, in words."""
+        """What the directory may hold, in words."""
         return (
             f"{self.folder}, {self.archive}, {self.binary.folder}, {self.binary.archive}, or "
             f"{' and '.join(self.packs)} ({_DOWNLOAD})"
@@ -119,7 +118,7 @@ SOURCES = {
 
 
 def _read_files(layout: Variant | Binary, directory: Path) -> dict[str, bytes] | None:
-    """Contents by place, the test set last; None: neither the folder nor the archive is there."""
+    """File contents by path, the test set last; None if neither folder nor archive is there."""
     names = (*layout.train_files, layout.test_file)
     if (directory / layout.folder).is_dir():
         return _read_folder(directory / layout.folder, names)
@@ -142,7 +141,7 @@ def _read_archive(path: Path, folder: str, names: tuple[str, ...]) -> dict[str, 
     contents = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
-            # One pass in the order of the file: going back would unpack it from the start.
+            # One pass in file order: seeking back would decompress it from the start.
             for member in archive:
                 file = archive.extractfile(member) if member.name in wanted else None
                 if file is not None:
@@ -162,7 +161,7 @@ def _parse_batch(variant: Variant, where: str, content: bytes) -> Split:
         labels = np.asarray(batch[variant.labels_key], np.int64)
         if labels.shape != images.shape[:1]:
             raise ValueError(f"{len(images)} images, labels of shape {labels.shape}")
-    # A damaged pickle is a random program for the unpickler: it can raise nearly anything.
+    # To the unpickler a damaged pickle is a random program: it can raise nearly anything.
     except Exception as error:
         raise _damaged(where, error) from error
     return Split(images, checked_labels(labels, variant.num_classes, variant.title, where))
@@ -172,7 +171,7 @@ def _parse_records(variant: Variant, where: str, content: bytes) -> Split:
     label_bytes = variant.binary.label_bytes
     size = label_bytes + 3 * _SIZE**2
     if len(content) % size:
-        raise _damaged(where, f"{len(content)} bytes are no multiple of {size}")
+        raise _damaged(where, f"{len(content)} bytes are not a multiple of {size}")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
     images = records[:, label_bytes:].reshape(-1, 3, _SIZE, _SIZE).transpose(0, 2, 3, 1)
     labels = records[:, label_bytes - 1]
@@ -188,7 +187,7 @@ def _from_packs(
     if len(paths) < len(variant.packs):
         print(
             f"notice: of {' and '.join(variant.packs)} only {paths[0].name} is in {directory}: "
-            f"going on with this half of {variant.title}",
+            f"continuing with this half of {variant.title}",
             file=sys.stderr,
         )
     packs = [_read_pack(variant, path) for path in paths]
@@ -205,7 +204,7 @@ def _from_packs(
 
 def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
     try:
-        # Opened here, since numpy leaves a damaged file open.
+        # Opened here because numpy does not close a damaged file.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             pack = {key: file[key] for key in file.files}
         num_classes = len(pack["class_names"])
@@ -216,7 +215,7 @@ def _read_pack(variant: Variant, path: Path) -> dict[str, NDArray]:
             if np.any(np.diff(offsets) < 0) or offsets[0] < 0:
                 raise ValueError(f"{split}_offsets do not ascend")
             if pack[f"{split}_bytes"].dtype != np.uint8:
-                raise ValueError(f"{split}_bytes are no bytes")
+                raise ValueError(f"{split}_bytes are not bytes")
             if offsets[-1] > len(pack[f"{split}_bytes"]):
                 raise ValueError(f"{split}_bytes end before the last image")
     except (*DAMAGE, AttributeError, TypeError, IndexError) as error:

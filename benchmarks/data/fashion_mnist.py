@@ -1,7 +1,8 @@
-"""Fashion-MNIST (Xiao et al. 2017) from its IDX files, packed or not, as uint8.
+"""Fashion-MNIST (Xiao et al. 2017) from its IDX files, compressed or not, as uint8.
 
-IDX is the format of MNIST: two zero bytes, the type (8: unsigned bytes), the number of axes, the
-length of each as four bytes with the highest first, and the content, the last axis running fastest.
+IDX is the format of MNIST: two zero bytes, the element type (8: unsigned byte), the number of axes,
+the length of each axis as a big-endian 32-bit integer, then the elements with the last axis running
+fastest.
 """
 
 import gzip
@@ -45,7 +46,7 @@ def read_fashion_mnist(directory: Path, subset: int | None) -> RawImages:
         raise DataError(f"no {_TITLE} in {directory}: it must hold {_FILES}")
     if len(paths) < len(_NAMES):
         missing = next(name for name, path in found.items() if path is None)
-        raise DataError(f"{directory} lacks {missing}, packed or not: get it from {_DOWNLOAD}")
+        raise DataError(f"{directory} lacks {missing}, compressed or not: get it from {_DOWNLOAD}")
     train, test = _read(*paths[:2]), _read(*paths[2:])
     measured = moments(train.images, paths[0], _TITLE)
     return RawImages(shuffled(train, subset, f"{_TITLE} in {directory}"), test, measured)
@@ -61,7 +62,7 @@ def _read(images_path: Path, labels_path: Path) -> Split:
     if images.shape[1:] != (28, 28):
         raise damaged(images_path, _TITLE, f"images of {images.shape[1]}x{images.shape[2]}")
     if len(labels) != len(images):
-        raise damaged(labels_path, _TITLE, f"{len(labels)} labels of {len(images)} images")
+        raise damaged(labels_path, _TITLE, f"{len(labels)} labels for {len(images)} images")
     return Split(images[..., None], checked_labels(labels, _CLASSES, _TITLE, labels_path))
 
 

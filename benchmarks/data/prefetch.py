@@ -1,4 +1,4 @@
-"""The next batches on their way to the device while a step runs."""
+"""Copies the next batches to the device while a step runs."""
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -13,17 +13,18 @@ _END = object()
 
 
 def prefetch(batches: Iterable[Any], size: int = 2) -> Generator[Any, None, None]:
-    """The same batches in the same order, on the device, made ahead by a thread.
+    """Yields the same batches in the same order, on the device, made ahead by a thread.
 
-    What `batches` raises is raised here, when its turn comes. Where the consumer stops early the
-    thread ends after the batch that it is at, and no more are taken; close the iterator
-    (`contextlib.closing`) to have that at once rather than when it is collected.
+    An exception of `batches` is raised here in its turn. If the consumer stops early, the thread
+    finishes its current batch and takes no more. Close the iterator (`contextlib.closing`) so that
+    this happens at once, not at garbage collection.
 
     Args:
-        batches: pytrees of numpy arrays, which nobody changes afterwards: on CPU the device may
-            read them where they are. It runs in the thread, where settings such as
-            `jax.enable_x64`, made by a context, do not hold.
-        size: how many are made ahead, 1 or more: so many lie on the device beside the one in use.
+        batches: pytrees of numpy arrays that must not change afterwards: on CPU the device may read
+            them in place. The iterable runs in the thread, where settings made by a context, such
+            as `jax.enable_x64`, do not apply.
+        size: number of batches made ahead, 1 or more; as many lie on the device beside the one in
+            use.
 
     Returns:
         Iterator of pytrees of `jax.Array`.
@@ -41,7 +42,7 @@ def _prefetch(batches: Iterator[Any], size: int) -> Generator[Any, None, None]:
         batch = next(batches, _END)
         return batch if batch is _END else jax.device_put(batch)
 
-    # One worker: so the batches come in their order.
+    # One worker keeps the batches in order.
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
     try:
         ahead = deque(pool.submit(load) for _ in range(size))

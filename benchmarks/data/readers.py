@@ -1,4 +1,4 @@
-"""What the readers of image files share: what they return, subsets, and checks."""
+"""What the readers of image files share: their return types, subsets and checks."""
 
 import tarfile
 import zipfile
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.errors import DataError, check_subset
 
-# What reading a truncated or foreign file can raise.
+# What a truncated or foreign file can raise when it is read.
 DAMAGE = (OSError, EOFError, ValueError, KeyError, tarfile.TarError, zipfile.BadZipFile,
           zlib.error)  # fmt: skip
 
@@ -44,32 +44,32 @@ class Source(NamedTuple):
 
     title: str
     num_classes: int
-    files: str  # what may be in the directory, in words
+    files: str  # what the directory may hold, in words
     read: Callable[[Path, int | None], RawImages]  # (directory, subset)
 
 
 def joined(parts: Iterable[Split]) -> Split:
-    """One after another."""
+    """Concatenates the parts in their order."""
     images, labels = zip(*parts, strict=True)
     return Split(np.concatenate(images), np.concatenate(labels))
 
 
 def shuffled(split: Split, subset: int | None, where: str) -> Split:
-    """`subset` examples of an order that is always the same: a smaller one is part of a larger."""
+    """The first `subset` examples in a fixed random order; smaller subsets are part of larger."""
     check_subset(subset, len(split.labels), where)
     order = np.random.default_rng(0).permutation(len(split.labels))[:subset]
     return Split(split.images[order], split.labels[order])
 
 
 def moments(images: NDArray[np.uint8], where: Path | str, title: str) -> Moments:
-    """Measured, exact up to rounding: from how often each of the 256 values occurs.
+    """Mean and deviation per channel, exact up to rounding, from the counts of the 256 values.
 
     Raises:
-        DataError: a channel with one value only, which cannot be standardised.
+        DataError: a channel has a single value and cannot be standardised.
     """
     channels = images.shape[-1]
     counts = np.zeros((channels, 256))
-    # In pieces: counting turns bytes into whole numbers of eight times the size.
+    # In chunks: counting converts bytes to integers of eight times the size.
     for start in range(0, len(images), 1000):
         for channel in range(channels):
             pixels = images[start : start + 1000, ..., channel]
@@ -83,18 +83,20 @@ def moments(images: NDArray[np.uint8], where: Path | str, title: str) -> Moments
 
 
 def check_directory(directory: Path, files: str) -> None:
-    """Raises a `DataError` unless it is one."""
+    """Raises a `DataError` unless `directory` is one."""
     if not directory.is_dir():
-        raise DataError(f"{directory} is no directory: pass with --data the one that holds {files}")
+        raise DataError(
+            f"{directory} is not a directory: pass with --data the one that holds {files}"
+        )
 
 
 def checked_labels(
     labels: NDArray, num_classes: int, title: str, where: Path | str, *, lowest: int = 0
 ) -> NDArray[np.uint8]:
-    """Labels (N,), from `lowest` on, as uint8.
+    """Labels (N,) as uint8; the first class is `lowest`.
 
     Raises:
-        DataError: no labels, or of more classes than there are.
+        DataError: there are no labels, or some lie outside the classes.
     """
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) == 0:
         raise damaged(where, title, f"labels of shape {labels.shape} and type {labels.dtype}")
@@ -110,4 +112,4 @@ def checked_labels(
 def damaged(where: Path | str, title: str, why: object) -> DataError:
     """The error for a file that cannot be read."""
     reason = " ".join(str(why).split()) or type(why).__name__
-    return DataError(f"{where} is damaged or no {title} file ({reason}): fetch it again")
+    return DataError(f"{where} is damaged or not a file of {title} ({reason}): fetch it again")

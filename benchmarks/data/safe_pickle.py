@@ -1,8 +1,8 @@
-"""Reading CIFAR's pickles without letting them run anything.
+"""Reads CIFAR's pickles without letting them run anything.
 
-A pickle is a program that may call whatever it can name. These name a uint8 array and, where
-written by Python 3 in an old protocol, the encoding of bytes. So that is all they are given, and
-of numpy not even the real thing: a stand-in receives shape and content.
+A pickle is a program that may call whatever it names. CIFAR's pickles name only a uint8 array and,
+if Python 3 wrote them in an old protocol, an encoding of bytes. Every other name is refused, and
+NumPy itself is not called either: a stand-in receives shape and content.
 """
 
 import io
@@ -37,7 +37,7 @@ class _Array:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for ``codecs.encode``: how Python 3 writes bytes in protocols before 3."""
+    """Stands for ``codecs.encode``: how Python 3 writes bytes in protocols below 3."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes in encoding {encoding!r}")
     return text.encode("latin1")
@@ -71,7 +71,8 @@ def safe_loads(content: bytes) -> dict[Any, Any]:
         The dict. Strings of Python 2 come as bytes.
 
     Raises:
-        pickle.UnpicklingError: it asks for anything else. A damaged pickle can raise any error.
+        pickle.UnpicklingError: the pickle asks for anything else. A damaged pickle can raise any
+            error.
     """
     batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     if not isinstance(batch, dict):

@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
     train_labels: NDArray[np.int32]
     test_inputs: NDArray[np.float32] | NDArray[np.int32]
     test_labels: NDArray[np.int32]
-    num_classes: int  # of a text: how many different characters it has
+    num_classes: int  # of a text: its number of distinct characters
     examples: Examples = "images"
 
 
@@ -50,17 +50,17 @@ def load_dataset(name: str, data: Path | str | None = None, subset: int | None =
 
     Args:
         name: one of `DATASETS`.
-        data: directory that holds the files of CIFAR, SVHN or Fashion-MNIST; digits come with
-            scikit-learn, alice lies beside this module: they need none.
-        subset: keep only that many training examples. The order is shuffled once and for all, so
-            that a subset is a fair sample, and a smaller one is part of a larger one.
+        data: directory with the files of CIFAR, SVHN or Fashion-MNIST. Digits come with
+            scikit-learn and alice lies beside this module: neither needs a directory.
+        subset: keep only that many training examples. The order is shuffled with a fixed seed: a
+            subset is a fair sample, and a smaller subset is part of a larger one.
 
     Returns:
         `Dataset`.
 
     Raises:
-        DataError: unknown name, no such file, a damaged file, other classes than expected, or
-            `subset` larger than the training set.
+        DataError: unknown name, missing or damaged file, unexpected classes, or `subset` larger
+            than the training set.
     """
     if name == "digits":
         return _digits(subset)
@@ -84,7 +84,7 @@ def _standardised(split: Split, moments: Moments) -> tuple[NDArray[np.float32], 
     pixels = np.arange(256, dtype=np.float32)[:, None] / np.float32(255)
     table = _standardise(pixels, moments.mean, moments.std)  # (256, channels)
     images = np.empty(split.images.shape, np.float32)
-    # Looked up, since arithmetic would hold all of SVHN three times in float32.
+    # A table lookup: arithmetic would hold all of SVHN three times in float32.
     for channel, values in enumerate(table.T):
         images[..., channel] = values[split.images[..., channel]]
     return images, split.labels.astype(np.int32)
@@ -105,5 +105,5 @@ def _digits(subset: int | None) -> Dataset:
 
 
 def _standardise(pixels: NDArray, mean: ArrayLike, std: ArrayLike) -> NDArray[np.float32]:
-    """Pixels in 0..1 to mean 0 and deviation 1."""
+    """Pixels in 0..1, scaled to mean 0 and deviation 1."""
     return (pixels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

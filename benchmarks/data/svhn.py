@@ -46,11 +46,11 @@ def _read(path: Path) -> Split:
             raise ValueError(f"X of shape {images.shape} and type {images.dtype}")
         if labels.shape != (images.shape[3], 1):
             raise ValueError(f"{images.shape[3]} images, y of shape {labels.shape}")
-    # scipy meets lengths and types that are noise with nearly any exception.
+    # On corrupted lengths and types scipy raises nearly any exception.
     except Exception as error:
         raise damaged(path, _TITLE, error) from error
     labels = checked_labels(labels[:, 0], _CLASSES, _TITLE, path, lowest=1)
-    # Counted from 1 as in Matlab: the tenth class is the digit 0.
+    # Classes are counted from 1, as in Matlab: class 10 is the digit 0.
     return Split(np.ascontiguousarray(images.transpose(3, 0, 1, 2)), labels % 10)
 
 

@@ -1,8 +1,8 @@
-"""A text as windows of characters, each to be predicted from those before it.
+"""A text cut into windows; each character is predicted from those before it.
 
-The text is *Alice's Adventures in Wonderland* by Lewis Carroll, first published in London in
-1865: its author died in 1898, so that it is in the public domain. `alice.txt` holds the twelve
-chapters and nothing else, in ASCII: 144,206 characters, 66 different ones.
+The text is *Alice's Adventures in Wonderland* by Lewis Carroll, first published in London in 1865.
+Its author died in 1898, so it is in the public domain. `alice.txt` holds the twelve chapters and
+nothing else, in ASCII: 144,206 characters, 66 of them distinct.
 """
 
 from pathlib import Path
@@ -18,14 +18,14 @@ ALICE = Path(__file__).with_name("alice.txt")
 
 
 class Windows(NamedTuple):
-    """Characters as numbers, and for each the one that follows it; both (N, WINDOW), int32."""
+    """Characters as numbers, and for each the next character; both (N, WINDOW), int32."""
 
     inputs: NDArray[np.int32]
     labels: NDArray[np.int32]
 
 
 class RawText(NamedTuple):
-    """Training and test set of a text, and how many different characters it has."""
+    """Training and test set of a text, and its number of distinct characters."""
 
     train: Windows
     test: Windows
@@ -48,7 +48,7 @@ def cut_text(text: str, subset: int | None, name: str) -> RawText:
 
     Args:
         text: long enough for a window in its last tenth.
-        subset: keep only that many training windows, of an order shuffled once and for all.
+        subset: keep only that many training windows, in a fixed random order.
         name: of the text, for errors.
 
     Returns:
@@ -71,7 +71,7 @@ def cut_text(text: str, subset: int | None, name: str) -> RawText:
 
 
 def _windows(numbers: NDArray[np.intp]) -> Windows:
-    """The labels of a window are its inputs, one character further on."""
+    """The labels of a window are its inputs shifted by one character."""
     count = (len(numbers) - 1) // WINDOW
     used = numbers[: count * WINDOW + 1].astype(np.int32)
     return Windows(used[:-1].reshape(count, WINDOW), used[1:].reshape(count, WINDOW))

@@ -1,4 +1,4 @@
-"""One module an experiment; each holds an ``EXPERIMENT`` and says what it is for."""
+"""One module for each experiment; it holds an ``EXPERIMENT`` and says what it is for."""
 
 import importlib
 import pkgutil
@@ -6,7 +6,7 @@ import pkgutil
 from benchmarks.errors import check_choice
 from benchmarks.training.experiment import Experiment
 
-# The readings for small machines first, then the paper's, most informative first.
+# First the readings for small machines, then the paper's, the most informative first.
 ORDER = (
     "reading_resnet8_cifar10",
     "reading_vggmini_cifar10",

@@ -1,6 +1,6 @@
 """Whether what helps a ResNet8 helps another network: damping and intervals on digits.
 
-A CNN without BatchNorm; a minute or two on two CPU cores.
+A CNN without BatchNorm. Takes a minute or two on two CPU cores.
 ``python -m benchmarks.paper defaults_digits``
 """
 

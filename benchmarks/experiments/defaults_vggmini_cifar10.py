@@ -1,6 +1,6 @@
 """Whether what helps a ResNet8 helps another network: damping and intervals on a VGG-mini.
 
-A run of four epochs takes half a minute on two CPU cores: everything about ten minutes.
+A run of four epochs takes half a minute on two CPU cores: about ten minutes in all.
 ``python -m benchmarks.paper defaults_vggmini_cifar10 --data DIR``
 """
 

@@ -1,6 +1,6 @@
 """What refreshes in the first steps are worth in a short run: a small CNN on digits, 110 steps.
 
-About a minute on two CPU cores.
+Takes about a minute on two CPU cores.
 ``python -m benchmarks.paper early_digits``
 """
 

@@ -1,6 +1,6 @@
 """What refreshes in the first steps are worth: a narrow ResNet8 on CIFAR-10, 312 steps.
 
-On two CPU cores 35 s a run: about a quarter of an hour.
+A run takes 35 s on two CPU cores: about a quarter of an hour in all.
 ``python -m benchmarks.paper early_resnet8_cifar10 --data DIR``
 """
 

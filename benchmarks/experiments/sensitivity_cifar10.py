@@ -1,7 +1,7 @@
 """Test accuracy over learning rate, ϑ and intervals for TEKFAC, beside Adam over learning rate.
 
-The paper's Figure 4 (a) and Table 4 and 5 in small: a narrow ResNet8 and 10,000 images.
-25 s a run on two CPU cores: a quarter of an hour.
+The paper's Figure 4 (a) and Tables 4 and 5 on a small scale: a narrow ResNet8 and 10,000 images. A
+run takes 25 s on two CPU cores: a quarter of an hour in all.
 ``python -m benchmarks.paper sensitivity_cifar10 --data DIR``
 """
 

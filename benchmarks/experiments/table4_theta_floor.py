@@ -2,7 +2,7 @@
 
 The paper's figures, for ϑ from 1e-4 to 100 in decades: 76.81, 76.65, 77.04, 76.71, 76.03, 74.74,
 73.68 %. The learning rate is 0.001. 100 epochs at batch 128, random crops and flips, learning rate
-× 0.1 every 40 epochs, three seeds. Made for a GPU: 21 runs of 39,000 steps, no search.
+× 0.1 every 40 epochs, three seeds. Meant for a GPU: 21 runs of 39,000 steps, no search.
 ``python -m benchmarks.paper table4_theta_floor --data DIR``
 """
 

@@ -1,7 +1,7 @@
 """A layer's Fisher block and how far approximations are from it, without forming the block.
 
 F = E_n[vec(G_n) vec(G_n)ᵀ], IO×IO for gradients G_n (I, O) of single examples, vec row by row.
-Everything here costs a few passes over the N gradients, whatever IO is; numpy in float64.
+Everything here costs a few passes over the N gradients, however large IO is; numpy, float64.
 """
 
 from typing import Any, NamedTuple, cast
@@ -34,7 +34,7 @@ class Diagonal(NamedTuple):
         q_phi: (I, r).
         q_psi: (O, p).
         theta: Θ, (r, p).
-        rest: θ⊥; of no effect where r = I and p = O.
+        rest: θ⊥; has no effect if r = I and p = O.
     """
 
     q_phi: Array
@@ -44,17 +44,17 @@ class Diagonal(NamedTuple):
 
 
 def make_block(gradients: Array) -> Block:
-    """The block of gradients (N, I, O): ‖F‖² is the sum of the squares of their Gram matrix."""
+    """The block of gradients (N, I, O): ‖F‖ is the norm of their Gram matrix divided by N."""
     rows = gradients.reshape(len(gradients), -1)
     gram = rows @ rows.T / len(rows)
     return Block(gradients, float(np.linalg.norm(gram)), float(np.trace(gram)))
 
 
 def relative_error(block: Block, approximation: Diagonal) -> float:
-    """‖F − F̂‖ / ‖F‖ of an F that is not zero, from ‖F − F̂‖² = ‖F‖² − 2⟨F, F̂⟩ + ‖F̂‖².
+    """‖F − F̂‖ / ‖F‖ for F not zero, from ‖F − F̂‖² = ‖F‖² − 2⟨F, F̂⟩ + ‖F̂‖².
 
-    ⟨F, F̂⟩ needs of F only its diagonal in the basis of F̂, and its trace. Errors below about
-    1e-8 are rounding.
+    Of F, ⟨F, F̂⟩ needs only the trace and the diagonal in the basis of F̂. Errors below about 1e-8
+    are rounding.
     """
     q_phi, q_psi, theta, rest = approximation
     exact = np.mean((q_phi.T @ block.gradients @ q_psi) ** 2, axis=0)
@@ -67,14 +67,14 @@ def relative_error(block: Block, approximation: Diagonal) -> float:
 def kronecker_floor(block: Block) -> float:
     """The least ‖F − A⊗B‖ / ‖F‖ over all A (I, I) and B (O, O), for F not zero.
 
-    Van Loan and Pitsianis (1993): rearranged so that the products A⊗B become the matrices of rank
-    one, vec(A) vec(B)ᵀ, F is the operator B ↦ E_n[G_n B G_nᵀ], and what is left of ‖F‖² is all but
-    the square of its largest singular value.
+    Van Loan and Pitsianis (1993): F is rearranged so that each product A⊗B becomes the rank-one
+    matrix vec(A) vec(B)ᵀ. It is then the operator B ↦ E_n[G_n B G_nᵀ], and the least squared error
+    is ‖F‖² minus the square of its largest singular value.
     """
     count, rows, columns = block.gradients.shape
     if min(rows, columns) == 1:
-        return 0.0  # F is a product itself
-    # Once for each side with that side in front: then a product is two calls of gemm.
+        return 0.0  # F is itself a Kronecker product
+    # One copy with each side in front: a product is then two calls of gemm.
     by_row, by_column = (
         np.ascontiguousarray(np.moveaxis(block.gradients, axis, 0)) for axis in (1, 2)
     )
@@ -84,8 +84,9 @@ def kronecker_floor(block: Block) -> float:
         right = g.reshape(-1, g.shape[2]) @ inner.reshape(g.shape[2], g.shape[2])
         return (right.reshape(len(g), -1) @ g.reshape(len(g), -1).T).ravel() / count
 
-    # The operator takes positive semidefinite matrices to such, and so its largest singular vectors
-    # are such matrices: the identity, where the iteration starts, is never orthogonal to them.
+    # The operator maps positive semidefinite matrices to positive semidefinite ones, so its top
+    # singular vectors are such matrices too: the identity, where the iteration starts, is never
+    # orthogonal to them.
     linear_operator, singular_values = cast(Any, LinearOperator), cast(Any, svds)  # for pyright
     operator = linear_operator(
         (rows**2, columns**2),
@@ -102,5 +103,5 @@ def kronecker_floor(block: Block) -> float:
 
 
 def _relative(squared: float, norm: float) -> float:
-    # Rounding may leave a negative square where an approximation is exact.
+    # Rounding may make the square negative if an approximation is exact.
     return float(np.sqrt(np.maximum(squared, 0.0)) / norm)

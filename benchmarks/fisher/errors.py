@@ -1,4 +1,4 @@
-"""The errors of all approximations of a network's Fisher blocks at one moment of its training."""
+"""The errors of all approximations of a network's Fisher blocks at one point of its training."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -23,21 +23,21 @@ METHODS: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "TEKFAC low rank": functools.partial(tekfac.scale_by_tekfac, basis_rank="auto"),
 }
 FLOOR = "Kronecker floor"
-# Theorem 3.1, and that a floor is one: the first is never the larger one.
+# Theorem 3.1 and the floor: the first error is never larger than the second.
 THEOREMS = (
     ("EKFAC", "KFAC"), ("TEKFAC", "TKFAC"), ("TEKFAC location", "TKFAC location"),
     (FLOOR, "KFAC"), (FLOOR, "TKFAC"), (FLOOR, "TKFAC location"),
 )  # fmt: skip
-# What is usual and no theorem: counted.
+# Usual, but no theorem: these cases are counted.
 USUAL = (("TEKFAC", "EKFAC"), ("TKFAC", "KFAC"), ("TEKFAC", "TEKFAC location"))
 _ROUNDING = 1e-10  # of a squared error
-_BYTES = 8 * 2**30  # of gradients of single examples that are held at once
+_BYTES = 8 * 2**30  # of single examples' gradients, held at once
 
 Errors = dict[str, float | None]  # by method; None: it does not apply, or F is zero
 
 
 class Point(NamedTuple):
-    """What is found at one moment of the training."""
+    """What is measured at one point of the training."""
 
     step: int
     loss: float  # mean over the examples of the Fisher
@@ -45,17 +45,17 @@ class Point(NamedTuple):
 
 
 class TheoremError(Exception):
-    """An approximation is farther from F than one that it cannot be behind."""
+    """An approximation has a larger error than one that bounds it."""
 
 
 def measurer(
     model: nn.Module, variables: tuple[Any, Any], inputs: Any, labels: Any
 ) -> Callable[[int, tuple[Any, Any]], Point]:
-    """Compiles what finds the errors of all layers.
+    """Compiles a function that finds the errors of all layers.
 
     Args:
-        model: of (inputs, train=...), with logits as output.
-        variables: parameters and BatchNorm averages (empty where there are none), for the shapes.
+        model: called as (inputs, train=...); returns logits.
+        variables: parameters and BatchNorm averages (empty if there are none), for their shapes.
         inputs: the examples that F is the mean over, (N, ...).
         labels: (N,).
 
@@ -63,7 +63,7 @@ def measurer(
         Function of (step, variables).
 
     Raises:
-        UsageError: gradients of that many examples do not fit into memory.
+        UsageError: the gradients of so many examples do not fit into memory.
     """
     inputs, labels = np.asarray(inputs, np.float64), np.asarray(labels)
     _check_memory(len(inputs), variables[0])
@@ -76,8 +76,8 @@ def measurer(
         return jax.grad(loss_fn)(params, batch_stats, inputs, labels)
 
     def gradients(params: Any, batch_stats: Any) -> Any:
-        # One at a time: convolutions with a kernel's gradient for each example are slow on CPU
-        # under vmap (10 times in a ResNet20), and slower in a compiled loop.
+        # One at a time: on CPU the kernel gradients of single examples are slow under vmap (10
+        # times slower in a ResNet20) and slower still in a compiled loop.
         each = [
             jax.device_get(gradient(params, batch_stats, inputs[n : n + 1], labels[n : n + 1]))
             for n in range(len(inputs))
@@ -85,7 +85,7 @@ def measurer(
         return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
     def approximate(mean: Any, stats: Any, make: Callable[..., Any]) -> dict[str, Any]:
-        # The first update is an assignment; no decay says the same once more.
+        # The first update assigns; a decay of 0 makes that explicit.
         tx = make(layers, factor_decay=0.0, rescaling_decay=0.0)
         return tekfac.curvature(tx.update(mean, tx.init(None), stats=stats)[1])
 
@@ -131,7 +131,7 @@ def _mean_loss(model: nn.Module, params: Any, batch_stats: Any, inputs: Any, lab
 
 
 def _blocks(loss_fn: Callable[..., Any], *args: Any) -> tekfac.Layers:
-    """The Dense and conv layers with one Fisher block: neither stacked nor in groups."""
+    """The Dense and conv layers with a single Fisher block: neither stacked nor grouped."""
     found = tekfac.find_layers(loss_fn, *args)
     others = {
         path for path, spec in found.items() if spec.kind not in ("dense", "conv") or spec.lead
@@ -170,7 +170,7 @@ def layer_errors(gradients: Any, approximations: Mapping[str, tekfac.Curvature])
         approximations: by method.
 
     Returns:
-        Errors by method; None where a low rank leaves nothing out, or where F is zero.
+        Errors by method; None if a low rank leaves nothing out, or if F is zero.
     """
     block = make_block(gradients)
     if block.norm == 0:
@@ -188,7 +188,7 @@ def layer_errors(gradients: Any, approximations: Mapping[str, tekfac.Curvature])
 def pairs(
     points: list[Point], better: str, worse: str
 ) -> Iterator[tuple[Point, str, float, float]]:
-    """Every point and layer with the errors of two methods, where both have one."""
+    """Every point and layer with the errors of two methods, if both have one."""
     for point in points:
         for path, errors in point.layers.items():
             first, second = errors[better], errors[worse]
@@ -197,11 +197,11 @@ def pairs(
 
 
 def check_theorems(point: Point) -> None:
-    """Raises a `TheoremError` unless Theorem 3.1 holds in every layer, and the floor is one."""
+    """Raises a `TheoremError` unless Theorem 3.1 and the floor hold in every layer."""
     for better, worse in THEOREMS:
         for _, path, first, second in pairs([point], better, worse):
-            if not first**2 <= second**2 + _ROUNDING:  # nor where one of them is not a number
+            if not first**2 <= second**2 + _ROUNDING:  # also false if one of them is NaN
                 raise TheoremError(
                     f"step {point.step}, layer {path}: the error of {better} is {first!r} and that "
-                    f"of {worse} {second!r}; it cannot be larger, one of them is computed wrongly"
+                    f"of {worse} {second!r}; the first cannot be larger, so one of them is wrong"
                 )

@@ -1,4 +1,4 @@
-"""Networks by name: a CNN, ResNets and VGGs here, `benchmarks.models.transformers` beside it."""
+"""Networks by name: a CNN, ResNets and VGGs; `transformers` holds the others."""
 
 import functools
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from benchmarks.data.sets import Examples
 from benchmarks.errors import UsageError, check_choice
 from benchmarks.models.transformers import Transformer, ViT, head
 
-# What a module computes in; its parameters are float32 whatever it is.
+# Types to compute in; parameters are float32 in any case.
 DTYPES = ("float32", "bfloat16")
 
 _conv = functools.partial(nn.Conv, kernel_size=(3, 3), kernel_init=nn.initializers.he_normal())
-# What BatchNorm shifts away again needs no bias before it.
+# No bias: the BatchNorm that follows would subtract it again.
 _conv_before_norm = functools.partial(_conv, use_bias=False)
 
 
@@ -41,7 +41,7 @@ class CNN(nn.Module):
         x = nn.relu(_conv(self.width, dtype=self.dtype)(x))
         x = nn.max_pool(x, (2, 2), (2, 2))
         x = nn.relu(_conv(2 * self.width, dtype=self.dtype)(x))
-        # 4×4 positions whatever the image: the curvature of the dense layer stays affordable.
+        # Always 4×4 positions, so that the dense layer's curvature stays affordable.
         window = (x.shape[1] // 4, x.shape[2] // 4)
         x = nn.avg_pool(x, window, window)
         x = nn.relu(nn.Dense(2 * self.width, dtype=self.dtype)(x.reshape(x.shape[0], -1)))
@@ -71,10 +71,10 @@ class _BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet for CIFAR (He et al. 2016, section 4.2): three stages of basic blocks.
 
-    `depth` counts the layers with a kernel, 6n + 2 for n blocks a stage. Shortcuts are identities
-    (option A of the paper, used there for CIFAR): where the resolution halves, every second
-    position is kept and the new channels are zero. ResNet20 has 269,722 parameters at width 16
-    with 10 classes.
+    `depth` counts the layers with a kernel: 6n + 2 for n blocks per stage. Shortcuts are identities
+    (option A, which the paper uses for CIFAR): where the resolution halves, every second position
+    is kept and the new channels are zero. ResNet20 has 269,722 parameters at width 16 with 10
+    classes.
     """
 
     num_classes: int = 10
@@ -105,11 +105,11 @@ class ResNet(nn.Module):
 class VGG(nn.Module):
     """VGG (Simonyan and Zisserman 2015): stages of 3×3 convolutions, each ending in a pooling.
 
-    As usual for CIFAR: BatchNorm after each convolution, and one dense layer for three, on the
-    mean over what positions are left (of 32×32 the five poolings of VGG16 leave one). Widths
-    double from stage to stage up to eight times the first. `stages` says how many convolutions
-    each has; the default is VGG16, the paper's configuration D. On CPU take ``width=32`` for it:
-    XLA is very slow at 512 → 512 channels on 2×2 positions.
+    As usual for CIFAR, BatchNorm follows each convolution, and a single dense layer replaces three.
+    It reads the mean over the remaining positions (the five poolings of VGG16 leave one of 32×32).
+    Widths double from stage to stage, up to eight times the first. `stages` gives the number of
+    convolutions in each; the default is VGG16, the paper's configuration D. On CPU use ``width=32``
+    for it: XLA is very slow with 512 → 512 channels on 2×2 positions.
     """
 
     num_classes: int = 10
@@ -168,7 +168,7 @@ def check_model(name: str, dataset: str, examples: Examples) -> None:
     fitting = [model for model, kind in MODELS.items() if kind.examples == examples]
     if name not in fitting:
         raise UsageError(
-            f"{name} reads {MODELS[name].examples}, {dataset} has {examples}: choose for --model "
+            f"{name} reads {MODELS[name].examples}, {dataset} has {examples}: choose --model "
             f"{' or '.join(fitting)}, or another --dataset"
         )
 
@@ -186,15 +186,14 @@ def make_model(
     Args:
         name: one of `MODELS`.
         num_classes: number of logits.
-        width: channels of the first convolution, of transformers the features of a position;
-            None: the model's usual width.
-        affine: whether BatchNorm and LayerNorm have a scale and a bias of their own; `cnn` has
-            neither norm.
-        dtype: what is computed in, one of `DTYPES`; None: in the type of inputs and parameters.
+        width: channels of the first convolution, or a transformer's features per position; None:
+            the model's usual width.
+        affine: whether BatchNorm and LayerNorm have a scale and a bias; `cnn` has neither norm.
+        dtype: type to compute in, one of `DTYPES`; None: the type of inputs and parameters.
             Parameters, averages of BatchNorm and logits are float32 in any case.
 
     Returns:
-        Module of (inputs, train=...).
+        Module, called as (inputs, train=...).
 
     Raises:
         UsageError: unknown name or type.

@@ -1,4 +1,4 @@
-"""Layers of large networks, from the shapes in the papers: nothing is built or run."""
+"""Layers of large networks, from the shapes in their papers: nothing is built or run."""
 
 import tekfac_jax as tekfac
 from tekfac_jax import LayerSpec

@@ -11,7 +11,7 @@ from benchmarks.errors import UsageError
 
 
 def head(num_classes: int, dtype: Dtype | None) -> nn.Dense:
-    """The last layer: in float32 where the rest is in half precision, like the loss after it."""
+    """The last layer: in float32, like the loss after it, even if the rest is in half precision."""
     return nn.Dense(num_classes, dtype=None if dtype is None else jnp.float32)
 
 
@@ -25,12 +25,12 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, T, width) to the same."""
+        """(N, T, width) to the same shape."""
         width = x.shape[-1]
         if width % self.heads:
             raise UsageError(
-                f"a width of {width} cannot be shared out among {self.heads} heads: choose for "
-                f"--width a multiple of {self.heads}"
+                f"a width of {width} cannot be divided among {self.heads} heads: choose a "
+                f"--width that is a multiple of {self.heads}"
             )
         mask = nn.make_causal_mask(x[..., 0]) if self.causal else None
         y = _norm(self.affine, self.dtype)(x)
@@ -44,14 +44,14 @@ def _norm(affine: bool, dtype: Dtype | None) -> nn.LayerNorm:
 
 
 def _positions(x: jax.Array) -> jax.Array:
-    """Numbers of the positions of (N, T, ...), (N, T): every example looks its own up."""
+    """The positions of (N, T, ...) as numbers (N, T): every example looks up its own."""
     return jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
 
 
 class ViT(nn.Module):
     """A small vision transformer (Dosovitskiy et al. 2021): 4×4 patches, mean over positions.
 
-    207,946 parameters for 32×32×3 images and 10 classes, which become 64 positions.
+    207,946 parameters for 10 classes and 32×32×3 images, which become 64 positions.
     """
 
     num_classes: int = 10
@@ -69,8 +69,8 @@ class ViT(nn.Module):
         if x.shape[1] % self.patch or x.shape[2] % self.patch:
             raise UsageError(
                 f"vit cuts images into patches of {self.patch}x{self.patch}, these are "
-                f"{x.shape[1]}x{x.shape[2]}: choose images that such patches divide, or another "
-                "--model"
+                f"{x.shape[1]}x{x.shape[2]}: choose images whose sides are multiples of "
+                f"{self.patch}, or another --model"
             )
         size = (self.patch, self.patch)
         embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
@@ -84,9 +84,9 @@ class ViT(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder-only transformer: every character from those before it in its window.
+    """A decoder-only transformer: it predicts every character from those before it in its window.
 
-    212,674 parameters for windows of 64 with 66 different characters.
+    212,674 parameters for windows of 64 and 66 distinct characters.
     """
 
     num_classes: int
@@ -98,7 +98,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Characters (N, T), whole numbers below `num_classes`, to logits (N, T, num_classes)."""
+        """Characters (N, T), integers below `num_classes`, to logits (N, T, num_classes)."""
         del train  # nothing here behaves differently in training
         embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
         positions = embed(x.shape[1], name="positions")(_positions(x))

@@ -16,8 +16,8 @@ from benchmarks.errors import UsageError
 from benchmarks.optimizers.soap import soap
 from tekfac_jax import _refresh
 
-# Settings that may stand in the optimizer's state where they are numbers, so that one compiled
-# step serves every value of them.
+# Settings that may be kept in the optimizer's state if they are numbers: one compiled step then
+# serves all their values.
 _TRACEABLE = frozenset(
     {"learning_rate", "damping", "trace_floor", "damping_scale", "kl_clip", "momentum"}
 )
@@ -36,12 +36,12 @@ def _sgd(learning_rate: Any, momentum: Any = 0.9) -> optax.GradientTransformatio
 
 
 def _kron(learning_rate: Any, update_probability: float = 0.03) -> optax.GradientTransformation:
-    """PSGD Kron; by default it updates its factors as often as its own schedule does in the end."""
+    """PSGD Kron; by default it updates its factors at the final rate of its own schedule."""
     kron = importlib.import_module("psgd_jax.kron").kron
     tx = kron(learning_rate, preconditioner_update_probability=update_probability)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return tx.update(updates, state, params)  # it says that it takes more, and does not
+        return tx.update(updates, state, params)  # its signature promises more
 
     return optax.GradientTransformation(tx.init, update)
 
@@ -51,7 +51,7 @@ def tekfac_momentum_first(
 ) -> optax.GradientTransformation:
     """TEKFAC that preconditions the average of the gradients instead of averaging the steps.
 
-    What the layers do not cover goes to Adam as it is.
+    Gradients that the layers do not cover go to Adam unchanged.
     """
     uncovered = {path for path, _ in layers.uncovered}
 
@@ -70,9 +70,9 @@ def tekfac_momentum_first(
 def tekfac_without_transport(
     learning_rate: Any, layers: tekfac_jax.Layers, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """TEKFAC whose Θ keeps its numbers while the basis under it changes, which no user wants.
+    """TEKFAC whose Θ keeps its values when the basis changes, for an ablation only.
 
-    The library always moves Θ into the new basis; for this ablation that step is taken out of it.
+    The library always moves Θ into the new basis; here that step is patched out.
     """
     tx = tekfac_jax.tekfac(learning_rate, layers, **options)
 
@@ -100,7 +100,7 @@ RECIPES = {
     "tekfac-momentum-first": Recipe(tekfac_momentum_first, True, 0.01),
     "tekfac-without-transport": Recipe(tekfac_without_transport, True, 0.01),
 }
-if importlib.util.find_spec("psgd_jax") is not None:  # it wants an older optax: `benchmarks.peers`
+if importlib.util.find_spec("psgd_jax") is not None:  # it needs an older optax: `benchmarks.peers`
     RECIPES["kron"] = Recipe(_kron, False, 0.001)
 OPTIMIZERS = tuple(RECIPES)
 
@@ -119,12 +119,12 @@ class Curvature(NamedTuple):
 
 
 def library_interval(name: str) -> int:
-    """What the library takes where nothing is said."""
+    """The library's default."""
     return inspect.signature(tekfac_jax.tekfac).parameters[name].default
 
 
 class Settings(NamedTuple):
-    """Settings of an optimizer, divided by what it takes to change them."""
+    """Settings of an optimizer, divided by whether a change needs another compilation."""
 
     static: dict[str, Any]  # part of the compiled step
     traced: dict[str, float]  # numbers in the optimizer's state
@@ -146,16 +146,16 @@ def make_optimizer(
     static: Mapping[str, Any],
     traced: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer whose learning rate, and other numbers as you like, stand in its state.
+    """An optimizer that keeps its learning rate, and other numbers on request, in its state.
 
-    So the compiled step serves every value: a search compiles nothing again, and the schedule is
-    the same few lines for everybody.
+    One compiled step then serves every value: a search recompiles nothing, and all optimizers share
+    one schedule of a few lines.
 
     Args:
         name: one of `OPTIMIZERS`.
         layers: from `tekfac_jax.find_layers`; None for a first-order optimizer.
         static: further arguments of the optimizer.
-        traced: arguments that stand in the state, with any valid value; None: the learning rate.
+        traced: arguments kept in the state, each with any valid value; None: the learning rate.
 
     Returns:
         Transformation to be used with `set_hyperparams`.
@@ -177,5 +177,5 @@ def make_optimizer(
 
 
 def set_hyperparams(opt_state: Any, values: Mapping[str, Any]) -> Any:
-    """The optimizer state with other values of the settings that stand in it."""
+    """The optimizer state with other values for the settings that it keeps."""
     return opt_state._replace(hyperparams={**opt_state.hyperparams, **values})

@@ -11,7 +11,7 @@ from jax import lax
 class _Leaf(NamedTuple):
     mean: jax.Array  # of the gradient, in the standard basis
     square: jax.Array  # of the rotated gradient
-    factors: tuple[jax.Array, ...]  # L = E[G Gᵀ] and R = E[Gᵀ G]; none of a vector
+    factors: tuple[jax.Array, ...]  # L = E[G Gᵀ] and R = E[Gᵀ G]; none for a vector
     bases: tuple[jax.Array, ...]
 
 
@@ -33,10 +33,10 @@ def soap(
 ) -> optax.GradientTransformation:
     """Adam in the eigenbasis of Shampoo's factors (Algorithm 3 of the paper).
 
-    Kernels are matrices of (all inputs, outputs); vectors, and sides of more than `max_dim`, are
-    not rotated. The first step only sets factors and bases up: were its gradient part of the mean
-    and not of the squares, steps without bound would follow. Every `interval` steps one orthogonal
-    iteration updates each basis (Algorithm 4, without its reordering of the averages).
+    Kernels are reshaped to (all inputs, outputs). Vectors, and sides longer than `max_dim`, are not
+    rotated. The first step only sets up factors and bases: if its gradient entered the mean but not
+    the squares, unbounded steps would follow. Every `interval` steps one orthogonal iteration
+    updates each basis (Algorithm 4, without its reordering of the averages).
 
     Args:
         learning_rate: number or schedule.
@@ -44,7 +44,7 @@ def soap(
         b2: decay of squares and factors.
         eps: added to the root of the squares.
         interval: steps between updates of the bases.
-        max_dim: sides with more rows keep the standard basis.
+        max_dim: longer sides keep the standard basis.
 
     Returns:
         `optax.GradientTransformation`.
@@ -55,7 +55,7 @@ def soap(
             m = jnp.zeros_like(_matrix(p))
             dims = [d for d in m.shape if d <= max_dim] if p.ndim > 1 else []
             eyes = tuple(jnp.eye(d, dtype=p.dtype) for d in dims)
-            # Buffers of their own: a step donates them.
+            # Separate buffers, since a step donates them.
             return _Leaf(m, jnp.zeros_like(m), tuple(jnp.zeros_like(e) for e in eyes), eyes)
 
         return SoapState(jnp.zeros((), jnp.int32), jax.tree.map(leaf, params))

@@ -1,4 +1,4 @@
-"""What `benchmarks.paper` left in a directory, read back from the JSON alone."""
+"""Reads back what `benchmarks.paper` has written to a directory, from the JSON alone."""
 
 import json
 import math
@@ -19,14 +19,14 @@ class Outcome(NamedTuple):
 
     label: str
     optimizer: str
-    settings: dict[str, Any] | None  # what the search chose and what is fixed; None: not yet
+    settings: dict[str, Any] | None  # fixed, and chosen by the search; None: not yet
     grid: dict[str, list[Any]]
     records: list[dict[str, Any]]  # finished runs, by seed
     trials: int  # runs of the search
 
     @property
     def accuracies(self) -> list[float]:
-        """Final test accuracy in %, NaN where the run diverged."""
+        """Final test accuracy in %; NaN if the run diverged."""
         return [
             math.nan if r["diverged"] else 100 * r["curve"][-1]["test_accuracy"]
             for r in self.records
@@ -34,19 +34,19 @@ class Outcome(NamedTuple):
 
     @property
     def train_losses(self) -> list[float]:
-        """Of the trained networks on the training set, NaN where the run diverged."""
+        """Losses of the trained networks on the training set; NaN if the run diverged."""
         return [math.nan if r["diverged"] else r["train_loss"] for r in self.records]
 
     def mean_accuracy(self) -> float:
-        """Over the seeds; NaN where there is none, or one diverged."""
+        """Mean over the seeds; NaN if there are no runs, or one diverged."""
         return statistics.fmean(self.accuracies) if self.records else math.nan
 
     def first(self, quantity: str, target: float, unit: str) -> list[float]:
-        """When each run reached a target: NaN where it never did.
+        """When each run reached a target; NaN if it never did.
 
         Args:
             quantity: ``"train_loss"`` (to fall to the target) or ``"test_accuracy"`` (to rise).
-            target: what is to be reached.
+            target: the value to reach.
             unit: ``"epoch"`` or ``"seconds"``.
         """
         sign = -1 if quantity == "train_loss" else 1
@@ -56,10 +56,10 @@ class Outcome(NamedTuple):
         ]
 
     def share_of(self, other: "Outcome", unit: str) -> list[float]:
-        """What part of another's epochs or seconds it takes to reach the other's best loss.
+        """This one's time to the other's best loss, as a share of the other's time to it.
 
-        For each seed that both have: the least training loss of an epoch of the other one, and
-        when each of the two had got there; NaN where this one never does.
+        Time is in epochs or seconds. The best loss is the least training loss of any epoch. One
+        share for each seed that both have; NaN if this one never reaches the other's best loss.
         """
         own = {record["seed"]: record["curve"] for record in self.records}
         shares = []
@@ -76,12 +76,12 @@ class Outcome(NamedTuple):
         return shares
 
     def median(self, name: str) -> float:
-        """Median over the runs of a number of the record."""
+        """Median over the runs of one number in their records."""
         values = [record[name] for record in self.records]
         return statistics.median(values) if values else math.nan
 
     def at_edge(self) -> list[str]:
-        """Settings whose best value is the first or last of its grid: others may be better."""
+        """Settings whose best value ends its grid: values beyond it may be better."""
         if self.settings is None:
             return []
         return [
@@ -91,7 +91,7 @@ class Outcome(NamedTuple):
         ]
 
     def as_result(self) -> Result:
-        """For the curves of `benchmarks.reporting.summary`."""
+        """The runs as `summary` draws them."""
         rate = (self.settings or {}).get("learning_rate", math.nan)
         runs = [
             Run(
@@ -111,7 +111,7 @@ class Results(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of the experiment's module."""
+        """Name of the experiment's module."""
         return self.description["name"]
 
 
@@ -124,7 +124,7 @@ def read(directory: Path) -> list[Results]:
     paths = sorted(directory.glob("**/experiment.json"))
     if not paths:
         raise DataError(
-            f"no experiment.json in {directory} or below: pass the directory into which "
+            f"no experiment.json in {directory} or below: pass a directory to which "
             "benchmarks.paper has written"
         )
     return [_read_one(path.parent) for path in paths]
@@ -133,7 +133,7 @@ def read(directory: Path) -> list[Results]:
 def _read_one(directory: Path) -> Results:
     description = json.loads((directory / "experiment.json").read_text())
     found = [json.loads(path.read_text()) for path in sorted(directory.glob("runs/*.json"))]
-    # A directory may hold runs of an experiment that has been changed since.
+    # The experiment may have changed since some of these runs.
     found = [record for record in found if record["task"] == description["task"]]
     outcomes = []
     for entry in description["entries"]:
@@ -159,19 +159,19 @@ def _read_one(directory: Path) -> Results:
 
 
 def plateau(values: Sequence[float], accuracies: Sequence[float], within: float = 1.0) -> float:
-    """How many decades of a setting are about as good as the best value.
+    """How many decades of a setting are about as good as its best value.
 
-    The range around the best value in which the accuracy, interpolated linearly over the logarithm
-    of the setting, is no more than `within` below the best; cut off at the ends of the grid. A
-    value without a finite accuracy is worth nothing.
+    This is the range around the best value in which the accuracy is at most `within` below the
+    best. It is interpolated linearly over the logarithm of the setting and cut off at the ends of
+    the grid. A value without a finite accuracy counts as 0 %.
 
     Args:
-        values: of the setting, ascending.
+        values: values of the setting, ascending.
         accuracies: for each value, in %.
         within: in % points.
 
     Returns:
-        Width in decades; NaN where no accuracy is finite.
+        Width in decades; NaN if no accuracy is finite.
     """
     heights = np.nan_to_num(np.asarray(accuracies, float), nan=0.0)
     if not np.isfinite(accuracies).any():

@@ -1,4 +1,4 @@
-"""What is left of a run: a table, the curves, and a JSON file with everything."""
+"""The outcome of a comparison: a table, the curves, and a JSON file with everything."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def show_table(console: Console, results: Sequence[Result], target: float) -> No
     )  # fmt: skip
     rows = [_row(result, target / 100) for result in results]
     if console.is_terminal:
-        # Narrow, so that it fits into 80 columns.
+        # Narrow enough for 80 columns.
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
         for i, title in enumerate(header):
             table.add_column(title, justify="right" if i else "left")
@@ -59,7 +59,7 @@ def show_table(console: Console, results: Sequence[Result], target: float) -> No
 
 
 def _plain_table(rows: list[list[str]]) -> str:
-    """The first column to the left, the others to the right."""
+    """The first column is aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -85,14 +85,14 @@ def _row(result: Result, accuracy: float) -> list[str]:
 
 
 def _final_accuracy(run: Run) -> float:
-    """Of a run that diverged: none."""
+    """The last epoch's test accuracy; NaN if the run diverged or has none."""
     if run.diverged or run.epochs[-1].test_accuracy is None:
         return math.nan
     return run.epochs[-1].test_accuracy
 
 
 def mean_and_spread(values: Sequence[float], form: str, *, spread: bool = True) -> str:
-    """Mean ± standard deviation; where some seeds have no value: how many have one."""
+    """Mean ± standard deviation; if some seeds have no value, how many have one."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "-"
@@ -108,7 +108,7 @@ def mean_and_spread(values: Sequence[float], form: str, *, spread: bool = True) 
 
 
 def save_curves(path: Path, results: Sequence[Result], title: str) -> None:
-    """Draws loss and accuracy against epochs and seconds: mean of the seeds, and their range."""
+    """Draws loss and accuracy against epochs and seconds: mean and range over the seeds."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
     colors = matplotlib.colormaps["tab10" if len(results) <= 10 else "tab20"]
@@ -194,7 +194,7 @@ def _search_as_dict(search: Search) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: null for what is no finite number, a string for a path."""
+    """What JSON can hold: null for a number that is not finite, a string for a path."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What an experiment is: a task, optimizers with their grids, and what is to be reported."""
+"""What an experiment is: a task, optimizers with their grids, and what to report."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from benchmarks.training.halving import Rung
 from benchmarks.training.loop import COSINE, Schedule
 
-SEARCH_SEED = 1_000_000  # other parameters and another order of the data than runs that count
+SEARCH_SEED = 1_000_000  # other parameters and another order of the data than in final runs
 # The table of an experiment: optimizers side by side, a sweep over settings, or each entry beside
 # the first one.
 View = Literal["comparison", "sweep", "ablation"]
@@ -29,7 +29,7 @@ class TaskSpec(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An optimizer with its settings, and those that the search chooses."""
+    """An optimizer with its fixed settings, and a grid of those that the search chooses."""
 
     label: str
     optimizer: str
@@ -38,14 +38,14 @@ class Entry(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What is to be reached; the first epoch and second is reported."""
+    """Values to reach; the epoch and second in which they are first reached are reported."""
 
     train_loss: float | None = None
     test_accuracy: float | None = None  # between 0 and 1
 
 
 class Published(NamedTuple):
-    """Figures of others, for the same table."""
+    """Published figures, for the same table."""
 
     source: str
     accuracy: Mapping[str, tuple[float, float]]  # label -> mean and deviation, in %
@@ -78,11 +78,11 @@ class RunSpec(NamedTuple):
     epochs: int
     schedule: Schedule
     seed: int
-    search: bool  # then the test set is not looked at
+    search: bool  # then the test set is not used
 
     @property
     def key(self) -> str:
-        """A file name: readable, and another one for whatever determines another run."""
+        """A readable file name, different for every two runs that differ in anything above."""
         content = json.dumps([self.task, *self[1:]], sort_keys=True, default=dict)
         digest = hashlib.sha256(content.encode()).hexdigest()[:10]
         kind = "search" if self.search else f"seed{self.seed}"

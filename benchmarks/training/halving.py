@@ -1,4 +1,4 @@
-"""Successive halving: many short runs, and longer ones of those that did best."""
+"""Successive halving: many short runs, then longer ones of those that did best."""
 
 import itertools
 import math
@@ -25,22 +25,22 @@ def grid_size(grid: Mapping[str, Sequence[Any]]) -> int:
 def candidates(grid: Mapping[str, Sequence[Any]], trials: int) -> list[Candidate]:
     """The grid, or a sample of it.
 
-    A sample has each value of each setting as often as any other, to within one, in an order of
-    its own (a Latin hypercube), so that no learning rate is left out; it is always the same one.
+    In a sample every value of a setting occurs equally often, to within one, in an order of its own
+    (a Latin hypercube), so that no learning rate is left out. The sample is always the same.
 
     Args:
         grid: values by setting.
         trials: how many candidates there may be.
 
     Returns:
-        Different candidates, `trials` or as many as the grid has.
+        Distinct candidates: `trials` of them, or the whole grid if it is smaller.
     """
     if grid_size(grid) <= trials:
         return [
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         ]
     rng = np.random.default_rng(0)
-    for _ in range(1000):  # until no two are the same
+    for _ in range(1000):  # until all are distinct
         columns = []
         for values in grid.values():
             rounds = math.ceil(trials / len(values))
@@ -49,7 +49,7 @@ def candidates(grid: Mapping[str, Sequence[Any]], trials: int) -> list[Candidate
         found = [dict(zip(grid, values, strict=True)) for values in zip(*columns, strict=True)]
         if all(a != b for a, b in itertools.combinations(found, 2)):
             return found
-    every = list(itertools.product(*grid.values()))  # a sample of nearly all of it
+    every = list(itertools.product(*grid.values()))  # the sample is nearly the whole grid
     chosen = sorted(rng.choice(len(every), trials, replace=False))
     return [dict(zip(grid, every[i], strict=True)) for i in chosen]
 
@@ -62,12 +62,13 @@ def search(
     """The best candidate.
 
     Args:
-        found: whom to try.
-        rungs: the rounds; each starts anew, with a schedule of its own length.
-        score: training loss at the end of a run of so many epochs; infinite where it diverged.
+        found: the candidates to try.
+        rungs: the rounds; each trains from scratch, with a schedule of its own length.
+        score: (candidate, epochs) -> training loss at the end of such a run; infinite if it
+            diverged.
 
     Returns:
-        The candidate with the lowest score in the last round; of equal ones the first.
+        The candidate with the lowest score in the last round; the first one among equals.
     """
     alive = list(found)
     for rung in rungs:

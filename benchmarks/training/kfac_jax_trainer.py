@@ -1,12 +1,12 @@
-"""kfac-jax in the experiments: it is no optax transformation, so it has a step of its own.
+"""kfac-jax in the experiments: it is not an optax transformation, so it has its own step.
 
-It wants an environment of its own, with an older jax than tekfac_jax is made for::
+It needs an environment of its own, with an older jax than tekfac_jax requires::
 
     pip install "jax==0.8.2" "flax==0.11.2" kfac-jax optax orbax-checkpoint
     pip install rich matplotlib scikit-learn pillow jaxtyping
     python -m benchmarks.paper reading_resnet8_cifar10 --only kfac-jax --data DIR --out DIR
 
-with the same ``--out`` as the other entries: `benchmarks.report` draws all of them.
+Pass the same ``--out`` as for the other entries: `benchmarks.report` draws all of them.
 """
 
 import importlib
@@ -27,7 +27,7 @@ NOT_INSTALLED = (
     "kfac-jax, which needs an environment of its own "
     "(benchmarks/training/kfac_jax_trainer.py says which)"
 )
-# Damping and momentum have no default in kfac-jax; the others are as there.
+# Damping and momentum have no default in kfac-jax; the other values are its own defaults.
 _NUMBERS = {"damping": 1e-3, "momentum": 0.9}  # may change from run to run
 _STATIC = {"norm_constraint": None, "curvature_update_period": 1, "inverse_update_period": 5}
 
@@ -48,7 +48,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 class State(NamedTuple):
-    """What a run is continued from."""
+    """What a run continues from."""
 
     params: Any
     batch_stats: Any
@@ -61,13 +61,13 @@ class State(NamedTuple):
 class KfacJaxTrainer:
     """kfac-jax on a task, with the interface of `benchmarks.training.loop.Trainer`.
 
-    It compiles by itself at its first step; that step is taken here, on a copy, so that no run
-    is charged for it.
+    kfac-jax compiles in its first step. That step is taken here, on a copy, so that no run is
+    charged for it.
 
     Args:
         task: network and data.
         settings: damping, momentum, norm_constraint, the two periods, and the learning rate, which
-            each step is given.
+            is passed to each step.
 
     Raises:
         UsageError: kfac-jax is not installed, or has no such setting.
@@ -89,7 +89,7 @@ class KfacJaxTrainer:
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
             return losses.mean(), batch_stats
 
-        # The learning rate is given to each step; a schedule must not be.
+        # The learning rate is passed to each step; a schedule must not be set.
         self._optimizer = kfac_jax.Optimizer(
             jax.value_and_grad(loss, has_aux=True), l2_reg=0.0, value_func_has_state=True,
             num_burnin_steps=0, batch_size_extractor=lambda batch: len(batch[0]), **static,
@@ -100,7 +100,7 @@ class KfacJaxTrainer:
         self.compile_seconds = time.perf_counter() - started
 
     def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> State:
-        """What a run starts from; new arrays each time, since steps donate theirs."""
+        """The state that a run starts from; new arrays each time, since steps donate theirs."""
         params, batch_stats = self.task.initial_variables(seed)
         batch = next(self.task.batches(seed, epoch=1))
         opt_state = self._optimizer.init(
@@ -118,7 +118,7 @@ class KfacJaxTrainer:
     def compiled(
         self, state: State, inputs: Any, labels: Any, learning_rate: jax.Array
     ) -> tuple[State, jax.Array]:
-        """A step; it donates what is large in `state`."""
+        """One step; it donates the large arrays of `state`."""
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         if self.task.augment is not None:
             inputs = self.task.augment(key, inputs)

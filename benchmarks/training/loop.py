@@ -36,7 +36,7 @@ class TrainState(tekfac_jax.TrainState):
     """The library's train state, the running averages of BatchNorm, and the seed of the run."""
 
     batch_stats: Any  # empty where the network has no BatchNorm
-    seed: jax.Array  # of what is random in a step: augmentation, sampled labels
+    seed: jax.Array  # of everything random in a step: augmentation, sampled labels
 
 
 class Epoch(NamedTuple):
@@ -61,21 +61,21 @@ class Run:
 
     @property
     def diverged(self) -> bool:
-        """Whether the loss left the numbers."""
+        """Whether the loss became infinite or NaN."""
         return not math.isfinite(self.train_loss)
 
     @property
     def median_step_ms(self) -> float:
-        """Time of an ordinary step: most do not refresh the curvature."""
+        """Time of an ordinary step; most steps do not refresh the curvature."""
         return 1e3 * statistics.median(self.step_seconds)
 
     @property
     def mean_step_ms(self) -> float:
-        """Time of a step with its share of the refreshes."""
+        """Mean time of a step, refreshes included."""
         return 1e3 * statistics.fmean(self.step_seconds)
 
     def epochs_to(self, accuracy: float) -> int | None:
-        """The first epoch after which the test accuracy was reached."""
+        """The first epoch after which the test accuracy was at least `accuracy`; None: never."""
         reached = [e.epoch for e in self.epochs if (e.test_accuracy or 0) >= accuracy]
         return reached[0] if reached else None
 
@@ -83,7 +83,7 @@ class Run:
 class Task:
     """A network and its data: what all optimizers have in common.
 
-    `augment` changes the inputs of a step, inside of the compiled step; None: nothing does.
+    `augment` is applied to the inputs inside the compiled step; None: no augmentation.
     """
 
     def __init__(
@@ -127,8 +127,8 @@ class Task:
     def batches(self, seed: int, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The batches of an epoch, the same for every optimizer.
 
-        A new permutation each time. What does not fill a batch is left out: another shape would
-        be another compilation, and the next epoch leaves out other examples.
+        Each epoch has a new permutation. A last, incomplete batch is left out: another shape would
+        need another compilation, and the next epoch leaves out other examples.
         """
         data = self.dataset
         order = np.random.default_rng([seed, epoch]).permutation(len(data.train_labels))
@@ -152,27 +152,27 @@ class Task:
         variables = {"params": params, "batch_stats": batch_stats}
         logits: Any = self.model.apply(variables, inputs, train=False)
         counted = labels >= 0
-        # The label of padding, -1, picks some logit: its loss is masked like the rest of it.
+        # Padding has the label -1; it picks logit 0, and its loss is masked out.
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         correct = logits.argmax(axis=-1) == labels
         return jnp.stack([jnp.sum(losses, where=counted), jnp.sum(correct).astype(losses.dtype)])
 
 
 def _pad(array: np.ndarray, value: int) -> np.ndarray:
-    """To the size of an evaluation batch, so that the last one needs no compilation of its own."""
+    """Fills an evaluation batch, so that the last one needs no compilation of its own."""
     missing = _EVALUATION_BATCH - len(array)
     padding = ((0, missing),) + ((0, 0),) * (array.ndim - 1)
     return np.pad(array, padding, constant_values=value)
 
 
 class Schedule(NamedTuple):
-    """How the learning rate falls: to zero along half a cosine, or by steps."""
+    """How the learning rate falls: to zero along half a cosine, or in steps."""
 
     decay_every: int | None = None  # epochs; None: cosine
     factor: float = 0.1
 
     def rate(self, learning_rate: float, epochs_done: float, epochs: int) -> float:
-        """The learning rate when so many epochs of all are behind."""
+        """The learning rate after `epochs_done` of all `epochs`."""
         if self.decay_every is None:
             return cosine(learning_rate, epochs_done / epochs)
         return learning_rate * self.factor ** math.floor(epochs_done / self.decay_every)
@@ -197,16 +197,16 @@ def train_epoch(
     Args:
         task: network and data.
         compiled: the step, (state, inputs, labels, learning_rate) -> (state, loss).
-        state: from the epoch before; it is donated.
+        state: the state after the epoch before; it is donated.
         learning_rate: of the first step of the run.
         seed: of the order of the data.
-        epoch: which one, from 1.
+        epoch: number of this epoch, from 1.
         epochs: length of the run.
         schedule: how the learning rate falls.
 
     Returns:
-        The new state, and loss and seconds of each step, with the time to get its batch. The
-        epoch ends where the loss is no longer finite.
+        The new state, and the loss and seconds of each step, which include getting its batch. The
+        epoch ends early if the loss is not finite.
     """
     steps = Steps([], [])
     ahead: Any = prefetch(task.batches(seed, epoch))
@@ -225,14 +225,14 @@ def train_epoch(
 
 
 class Trains(Protocol):
-    """What a run needs of an optimizer on a task; see `Trainer`."""
+    """What a run needs from an optimizer on a task; see `Trainer`."""
 
     task: Task
-    layers: Any  # of second-order optimizers of this library; None: of others
+    layers: Any  # of this library's second-order optimizers; None: of others
     compile_seconds: float
 
     def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> Any:
-        """What a run starts from; it has `params` and `batch_stats`."""
+        """The state that a run starts from; it has `params` and `batch_stats`."""
         ...
 
     def train_epoch(self, state: Any, **options: Any) -> tuple[Any, Steps]:
@@ -243,18 +243,18 @@ class Trains(Protocol):
 class Trainer:
     """An optimizer on a task: its step, compiled once for every learning rate and seed.
 
-    Settings that are numbers and may change without another compilation stand in the state:
-    `initial_state` takes other values of them.
+    Numbers that may change without another compilation are kept in the state; `initial_state` takes
+    other values for them.
 
     `compiled` is the step: (state, inputs, labels, learning_rate) -> (state, loss); it donates
-    `state`. `gflop` is its arithmetic, with the largest branch of each conditional.
+    `state`. `gflop` is its arithmetic, counting the largest branch of each conditional.
 
     Args:
         task: network and data.
         optimizer: its name.
         settings: arguments of the optimizer without its learning rate, and ``fisher``:
-            ``"empirical"`` (the default) or ``"sampled"`` labels in the curvature. `Curvature`
-            has no effect on optimizers of first order.
+            ``"empirical"`` (the default) or ``"sampled"`` labels in the curvature. `Curvature` has
+            no effect on first-order optimizers.
     """
 
     def __init__(self, task: Task, optimizer: str, settings: Curvature | Mapping[str, Any]):
@@ -284,16 +284,16 @@ class Trainer:
         lowered = step.lower(state, *batch, jnp.float32(0))
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - started
-        # Before compilation: in the compiled step a GPU's library calls would not count.
+        # Analysed before compilation: afterwards a GPU's library calls would not count.
         cost: Any = lowered.cost_analysis()
         self.gflop = cost["flops"] / 1e9
 
     def initial_state(self, seed: int, settings: Mapping[str, float] | None = None) -> TrainState:
-        """What a run starts from; new arrays each time, since steps donate theirs.
+        """The state that a run starts from; new arrays each time, since steps donate theirs.
 
         Args:
-            seed: of the parameters, and of what is random in a step.
-            settings: other values of the settings that stand in the state.
+            seed: seed of the parameters, and of everything random in a step.
+            settings: other values for the settings kept in the state.
         """
         params, batch_stats = self.task.initial_variables(seed)
         state = TrainState.create(
@@ -301,7 +301,7 @@ class Trainer:
             seed=jnp.asarray(seed, jnp.int32),
         )  # fmt: skip
         changed = {name: jnp.float32(value) for name, value in (settings or {}).items()}
-        # Flax starts with a Python number, which is another type than what a step returns.
+        # Flax starts with a Python number, not with the type that a step returns.
         return state.replace(
             step=jnp.zeros((), jnp.int32), opt_state=set_hyperparams(state.opt_state, changed)
         )
@@ -352,7 +352,7 @@ class Trainer:
             on_epoch: called after each epoch.
 
         Returns:
-            `Run`; one whose loss is no longer finite ends there, with an infinite loss.
+            `Run`; if the loss is not finite, it ends there with an infinite loss.
         """
         task, state = self.task, self.initial_state(seed)
         run = Run(self.optimizer, learning_rate, seed, [], math.inf, [])
@@ -374,5 +374,5 @@ class Trainer:
 
 
 def cosine(learning_rate: float, progress: float) -> float:
-    """The learning rate when a part of the run, from 0 to 1, is behind."""
+    """The learning rate after a fraction `progress` of the run."""
     return learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

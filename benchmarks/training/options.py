@@ -14,7 +14,7 @@ from benchmarks.optimizers.recipes import OPTIMIZERS, Curvature, library_interva
 
 
 class Defaults(NamedTuple):
-    """What an option is where it is left out, by data set."""
+    """Defaults of the options that depend on the data set."""
 
     model: str
     epochs: int
@@ -32,14 +32,14 @@ DEFAULTS = {
     "cifar100": Defaults("resnet20", 20, 128, 2, 60.0, 1, None, "auto"),
     "svhn": Defaults("resnet20", 20, 128, 2, 90.0, 1, None, "auto"),
     "fashion_mnist": Defaults("resnet8", 20, 128, 2, 90.0, 1, None, "auto"),
-    # "auto" is a fixed 1e-3 where nothing is a convolution: far above the curvature of a loss that
-    # is a mean over 64 characters.
+    # Without convolutions "auto" is a fixed 1e-3: far above the curvature of a loss that is a mean
+    # over 64 characters.
     "alice": Defaults("transformer", 10, 32, 2, 50.0, 1, 10, "trace"),
 }
 
 
 def _default(option: str) -> str:
-    """The default in words, for the help: by data set where these differ."""
+    """The default in words, for the help; by data set if they differ."""
     by_value: dict[Any, list[str]] = {}
     for dataset, defaults in DEFAULTS.items():
         by_value.setdefault(getattr(defaults, option), []).append(dataset)
@@ -52,7 +52,7 @@ def _default(option: str) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One sentence, without the whole usage before it."""
+        """Prints one sentence, without the whole usage before it."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
@@ -70,26 +70,27 @@ def build_parser() -> argparse.ArgumentParser:
     whole = _number(int, 1, math.inf)
     add = parser.add_argument
     add("--dataset", default="digits", help=f"{', '.join(DATASETS)} (default: digits)")
-    add("--data", type=Path, metavar="DIR", help="directory that holds the files of CIFAR, SVHN "
-        "or Fashion-MNIST, packed or not")  # fmt: skip
-    add("--subset", type=whole, metavar="N", help="only N training examples")
+    add("--data", type=Path, metavar="DIR", help="directory with the files of CIFAR, SVHN "
+        "or Fashion-MNIST, compressed or not")  # fmt: skip
+    add("--subset", type=whole, metavar="N", help="use only N training examples")
     add("--model", help=f"{', '.join(MODELS)} ({_default('model')})")
-    add("--width", type=whole, help="channels of the first convolution, of transformers "
-        "the features of a position (default: 16; vgg16, vit, transformer: 64)")  # fmt: skip
+    add("--width", type=whole, help="channels of the first convolution, or "
+        "features per position of a transformer (default: 16; vgg16, vit and "
+        "transformer: 64)")  # fmt: skip
     add("--affine", action=argparse.BooleanOptionalAction, default=True,
         help="whether BatchNorm and LayerNorm have a scale and a bias")  # fmt: skip
     add("--optimizers", default="tekfac,sgd,adam", metavar="LIST",
-        help=f"comma-separated, of {', '.join(OPTIMIZERS)} (default: tekfac,sgd,adam)")  # fmt: skip
+        help=f"comma-separated: {', '.join(OPTIMIZERS)} (default: tekfac,sgd,adam)")  # fmt: skip
     add("--epochs", type=whole, help=f"length of a run ({_default('epochs')})")
     add("--batch-size", type=whole, help=_default("batch_size"))
     add("--seeds", type=whole, metavar="N",
         help=f"runs of each optimizer, seeded 0 to N-1 ({_default('seeds')})")  # fmt: skip
     add("--learning-rates", metavar="RATES",
-        help="one number for all, or such as tekfac=0.01,sgd=0.1: no search for these")  # fmt: skip
+        help="one number for all, or e.g. tekfac=0.01,sgd=0.1: no search for these")  # fmt: skip
     add("--search-epochs", type=whole,
-        help=f"length of a run of the search ({_default('search_epochs')})")  # fmt: skip
+        help=f"length of a run in the search ({_default('search_epochs')})")  # fmt: skip
     add("--target", type=_number(float, 0, 100), metavar="PERCENT",
-        help=f"test accuracy whose first epoch is reported ({_default('target')})")  # fmt: skip
+        help=f"test accuracy; its first epoch is reported ({_default('target')})")  # fmt: skip
     for name, what in (
         ("factor", "updates of the Kronecker factors"),
         ("eigenbasis", "eigendecompositions"),
@@ -103,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--damping-scale", type=_positive_number, metavar="FACTOR",
         help="multiplies the damping (default: the library's)")  # fmt: skip
     add("--basis-rank", type=basis_rank, metavar="RANK",
-        help="eigenvectors kept of each side: auto, a number, a share (default: all)")  # fmt: skip
+        help="eigenvectors kept on each side: auto, number or share (default: all)")  # fmt: skip
     add("--out", type=Path, default=Path("out"), metavar="DIR",
         help="where curves.png and results.json go (default: out)")  # fmt: skip
     return parser
@@ -122,7 +123,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     Raises:
         DataError: unknown data set.
         UsageError: an option out of its range.
-        SystemExit: with code 2, an option that is unknown or no number.
+        SystemExit: with code 2, an option that is unknown or not a number.
     """
     options = build_parser().parse_args(argv)
     if options.dataset not in DATASETS:
@@ -178,7 +179,7 @@ def _positive(text: str) -> float:
 
 
 def basis_rank(text: str) -> str | int | float:
-    """``auto``, how many, or which share."""
+    """``auto``, a number, or a share."""
     if text == "auto":
         return text
     try:
@@ -232,7 +233,7 @@ def _learning_rates(text: str | None, optimizers: tuple[str, ...]) -> dict[str, 
         check_choice("optimizer in --learning-rates", name, optimizers)
     if len(rates) < len(pairs) or any(map(math.isnan, rates.values())):
         raise UsageError(
-            f"--learning-rates must be one positive number, or such as {optimizers[0]}=0.1, once "
-            f"for each optimizer, got {text!r}"
+            f"--learning-rates must be one positive number, or for example {optimizers[0]}=0.1, "
+            f"once for each optimizer, got {text!r}"
         )
     return rates

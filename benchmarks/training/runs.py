@@ -22,12 +22,12 @@ from benchmarks.training.experiment import RunSpec
 from benchmarks.training.loop import Trains, TrainState
 from benchmarks.training.timing import settings as machine
 
-_CHECKPOINT_EVERY = 60.0  # seconds; a kill costs no more than that and an epoch
+_CHECKPOINT_EVERY = 60.0  # seconds; a kill costs at most this and one epoch
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "kfac-jax")
 
 
 class OutOfTime(Exception):
-    """The time that was given is used up; whatever was begun lies in a checkpoint."""
+    """The time limit has passed; unfinished work is in a checkpoint."""
 
 
 class Progress(NamedTuple):
@@ -41,11 +41,11 @@ class Store:
     """Records and checkpoints below a directory, by the key of their run.
 
     Args:
-        directory: it is made where it is missing.
+        directory: created if it is missing.
         checkpoint_every: seconds between checkpoints; they are written after an epoch.
 
     Raises:
-        UsageError: nothing can be written there.
+        UsageError: the directory cannot be written to.
     """
 
     def __init__(self, directory: Path, checkpoint_every: float = _CHECKPOINT_EVERY):
@@ -63,12 +63,12 @@ class Store:
         return json.loads(path.read_text()) if path.exists() else None
 
     def finish(self, spec: RunSpec, record: dict[str, Any]) -> None:
-        """Writes the record; the checkpoint is no longer needed."""
+        """Writes the record and deletes the checkpoint."""
         write_json(self._path(spec), record)
         shutil.rmtree(self._checkpoint(spec), ignore_errors=True)
 
     def save(self, spec: RunSpec, state: TrainState, progress: Progress) -> None:
-        """Writes a checkpoint; the one before stays until this one is complete."""
+        """Writes a checkpoint; the previous one stays until this one is complete."""
         with self._manager(spec) as manager:
             manager.save(
                 len(progress.curve),
@@ -79,7 +79,7 @@ class Store:
             )
 
     def restore(self, spec: RunSpec, initial: TrainState) -> tuple[TrainState, Progress]:
-        """The last checkpoint, or the beginning."""
+        """State and progress of the last checkpoint, or of the beginning."""
         if not self._checkpoint(spec).exists():
             return initial, Progress([], [])
         leaves, structure = jax.tree.flatten(initial)
@@ -107,7 +107,7 @@ class Store:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes a file that is either complete or not there."""
+    """Writes a file that is either complete or absent."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=1, allow_nan=False, default=dict) + "\n")
     unfinished.replace(path)
@@ -121,17 +121,17 @@ def train(
     deadline: float = math.inf,
     on_epoch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """A run, from wherever it was left.
+    """Finishes a run, from wherever it was left.
 
     Args:
         spec: which run.
         store: where its record and its checkpoint are.
         make_trainer: compiles; called only if there is something left to do.
-        deadline: of `time.monotonic`.
-        on_epoch: called after each epoch, for those that lie behind too.
+        deadline: value of `time.monotonic` after which to stop.
+        on_epoch: called after each epoch, and for those that are already done.
 
     Returns:
-        The record, as in the JSON file; ``train_loss`` is None where the loss left the numbers.
+        The record, as in the JSON file; ``train_loss`` is None if the run diverged.
 
     Raises:
         OutOfTime: the deadline has passed; there is a checkpoint.
@@ -167,7 +167,7 @@ def train(
 def _epoch(
     spec: RunSpec, trainer: Trains, state: TrainState, progress: Progress
 ) -> tuple[TrainState, bool]:
-    """One more epoch in `progress`; whether the loss is still finite."""
+    """Adds one more epoch to `progress`; returns the state, and whether the loss is finite."""
     epoch = len(progress.curve) + 1
     state, steps = trainer.train_epoch(
         state, learning_rate=spec.settings["learning_rate"], seed=spec.seed, epoch=epoch,
@@ -190,7 +190,7 @@ def _epoch(
 
 
 def _versions() -> dict[str, str]:
-    """Of what took part; where kfac-jax is, tekfac_jax is not installed but run from its folder."""
+    """Versions of the packages; beside kfac-jax, tekfac_jax runs from its folder, uninstalled."""
     found = {"tekfac_jax": tekfac_jax.__version__}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -223,12 +223,12 @@ def _record(
 
 
 def _load() -> float | None:
-    """How many programs wanted a core in the last minute: seconds on a busy machine are longer."""
+    """Load average of the last minute: on a busy machine steps take longer."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _failures(trainer: Trains, state: TrainState) -> int:
-    """Statistics and decompositions that were not finite, over all layers."""
+    """Number of statistics and decompositions that were not finite, over all layers."""
     if trainer.layers is None:
         return 0
     found = tekfac_jax.diagnostics(state.opt_state)

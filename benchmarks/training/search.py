@@ -16,22 +16,22 @@ class Search(NamedTuple):
 
     @property
     def at_edge(self) -> bool:
-        """Whether a rate beyond those that were tried might have been better."""
+        """Whether a rate beyond the tried ones might have been better."""
         return self.best in (min(self.losses), max(self.losses))
 
 
 def search_learning_rate(trial: Callable[[float], float], start: float) -> Search:
     """Tries `TRIALS` learning rates: three, a factor of 10 apart, then wherever it looks best.
 
-    The next one lies beyond the best where that is the lowest or the highest so far, else
-    halfway (on a logarithmic scale) between the best and the better of its neighbours.
+    If the best rate is the lowest or highest so far, the next one lies beyond it. Otherwise it lies
+    halfway, on a logarithmic scale, between the best and the better of its neighbours.
 
     Args:
         trial: training loss at the end of a short run with this learning rate.
         start: the middle one of the first three.
 
     Returns:
-        `Search`; of equal losses the lower rate is chosen.
+        `Search`; of rates with equal losses the lower one is chosen.
     """
     losses: dict[float, float] = {}
     rates = [_round(start / _FACTOR), _round(start), _round(start * _FACTOR)]

@@ -1,4 +1,4 @@
-"""Steps timed in turn in one process, on images with the spectrum of natural ones."""
+"""Times steps in turn in one process, on images with the spectrum of natural ones."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.models.convnets import CNN, VGG16, ResNet20
 from benchmarks.models.transformers import ViT
 
-BATCHES = 8  # that take turns: curvature must move, or a refresh has nothing to do
+BATCHES = 8  # used in turn: the curvature must change, or a refresh has nothing to do
 
 
 class MLP(nn.Module):
@@ -45,10 +45,10 @@ MODELS: dict[str, tuple[nn.Module, tuple[int, int, int]]] = {
 
 
 def random_images(shape: tuple[int, int, int], number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussian images whose amplitudes fall with frequency, and random labels of ten.
+    """Gaussian images whose amplitudes fall with frequency, and random labels 0 to 9.
 
-    Natural images do so as 1/f (Field 1987). It matters: of white noise all eigenvalues are equal,
-    and no basis is better than another.
+    In natural images they fall as 1/f (Field 1987). This matters: for white noise all eigenvalues
+    are equal, and no basis is better than another.
     """
     rng = np.random.default_rng(0)
     height, width, channels = shape
@@ -61,7 +61,7 @@ def random_images(shape: tuple[int, int, int], number: int) -> tuple[np.ndarray,
 
 
 def in_turn(steps: Mapping[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each step, so many times each: a slow minute of the machine meets all of them."""
+    """Seconds of each step, `rounds` times in turn: a slow minute of the machine hits them all."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for _, (name, step) in itertools.product(range(rounds), steps.items()):
         times[name].append(step())
@@ -88,13 +88,13 @@ _TERAFLOPS = {
 
 
 def peak_teraflops(device_kind: str) -> float | None:
-    """The arithmetic peak of a device by its name, in Tflop/s; None: it is not in the list."""
+    """The arithmetic peak of a device by its name, in Tflop/s; None if it is not in the list."""
     known = [rate for name, rate in _TERAFLOPS.items() if name in device_kind]
     return known[0] if known else None
 
 
 def settings() -> dict[str, Any]:
-    """Of the machine, for the record."""
+    """The machine and its jax, for the record."""
     return {
         "backend": jax.default_backend(),
         "device": jax.devices()[0].device_kind,

@@ -267,14 +267,14 @@ BREAKS = {
     function.__name__.removeprefix("break_"): (function, message)
     for function, message in (
         (break_nothing_there, "no CIFAR-10 in .* it must hold"),
-        (break_no_directory, "nowhere is no directory: pass with --data"),
+        (break_no_directory, "nowhere is not a directory: pass with --data"),
         (break_lacking_batch, "cannot read .*data_batch_3 .*unpack"),
         (break_archive_lacking_batch, "lacks cifar-10-batches-py/data_batch_3: download"),
         (break_truncated_batch, "test_batch is damaged .* fetch it again"),
         (break_truncated_archive, "cifar-10-python.tar.gz is damaged .* fetch it again"),
         (break_no_archive, "cifar-10-python.tar.gz is damaged .* fetch it again"),
         (break_labels_of_another_set, "labels from .* to 99 where CIFAR-10 has 10 classes"),
-        (break_missing_labels, "test_batch is damaged or no CIFAR file"),
+        (break_missing_labels, "test_batch is damaged or not a file of CIFAR"),
         (break_pack_of_another_set, "100 classes where CIFAR-10 has 10"),
         (break_pack_labels, "labels from 3 to 57 where CIFAR-10 has 10 classes"),
         (break_pack_offsets, "test_offsets do not ascend"),

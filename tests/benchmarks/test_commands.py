@@ -40,7 +40,7 @@ def test_every_data_set_has_defaults(dataset):
         ("--model alexnet", "unknown model 'alexnet': choose from cnn, resnet20, vgg16, vit"),
         ("--model transformer", "transformer reads windows, digits has images: choose .* cnn or"),
         ("--dataset alice --model vit", "vit reads images, alice has windows: .* transformer, or"),
-        ("--dataset alice --width 30", "a width of 30 cannot be shared out among 4 heads"),
+        ("--dataset alice --width 30", "a width of 30 cannot be divided among 4 heads"),
         ("--dataset alice --subset 9000", "a subset of 9000 training windows .* alice has 2027"),
         ("--dataset alice --subset 20", "a batch of 32 is more than the 20 training windows"),
         ("--model vgg16", "vgg16 is made for 32x32 images, these are 8x8"),

@@ -1,6 +1,7 @@
 """The folders of benchmarks/: what lies where, and who may import whom."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def forbidden(module, source):
     own = room(module)
     if own in COMMANDS:
         return set()
-    return imported(module, source) - MAY_IMPORT[own] - {own}
+    return imported(module, source) - MAY_IMPORT.get(own, set()) - {own}
 
 
 def test_every_module_has_its_room():
@@ -104,6 +105,14 @@ def test_a_command_is_one(module):
     source = (BENCHMARKS / f"{module}.py").read_text()
     assert '\nif __name__ == "__main__":\n    main()\n' in source
     assert f"python -m benchmarks.{module}" in (ast.get_docstring(ast.parse(source)) or "")
+
+
+@pytest.mark.parametrize("module", sorted(COMMANDS))
+def test_a_command_explains_itself(module, capsys):
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"benchmarks.{module}").main(["--help"])
+    assert end.value.code == 0
+    assert f"python -m benchmarks.{module}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", sorted({"data", "fisher", "models", "optimizers", "reporting",
