@@ -89,47 +89,70 @@ def validate(layers: Layers, options: Options, *, measured: bool) -> Options:
     check_layers(layers)
     if not layers:
         raise ValueError("layers is empty: there is nothing to precondition")
+    _check_refreshes(options)
+    _check_damping(options, measured)
+    _check_basis(options)
+    return options._replace(
+        factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_checked_mesh_axis(options)
+    )
+
+
+def _check_refreshes(options: Options) -> None:
     for name in _INTERVALS:
         _check_interval(name, getattr(options, name))
+    for name in ("factor_decay", "rescaling_decay"):
+        check_number(name, getattr(options, name), 0, 1, "0 keeps only the newest value")
+    _check_count(
+        "statistics_examples",
+        options.statistics_examples,
+        "how many examples factors and Θ are computed from",
+        "all",
+    )
     check_flag("stagger", options.stagger)
     check_flag("early_refreshes", options.early_refreshes)
     if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
         raise ValueError(
-            "stagger=True lays the steps out when the transformation is made: give the intervals "
-            "as Python numbers, not as arrays or injected hyperparameters"
+            "stagger=True plans the steps when the transformation is made: pass the intervals as "
+            "Python integers, not as arrays or schedules"
         )
-    for name in ("factor_decay", "rescaling_decay"):
-        check_number(name, getattr(options, name), 0, 1, "0 keeps only the newest value")
-    check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")
-    check_number(
-        "damping_scale", options.damping_scale, 0, math.inf, "1 is the rule itself", open_low=True
-    )
+    max_failures = as_python(options.max_failures)
+    if not isinstance(max_failures, Tracer):
+        _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
+
+
+def _check_damping(options: Options, measured: bool) -> None:
     if isinstance(options.damping, str):
         check_choice("damping", options.damping, ("auto", "trace"), "or a positive number")
     else:
         check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
-    _check_basis_rank(options)
-    check_flag("shard_state", options.shard_state)
-    _check_axis_name(options.axis_name)
+    check_number(
+        "damping_scale", options.damping_scale, 0, math.inf, "1 is the rule itself", open_low=True
+    )
+    check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
-    _check_damping_form(options, measured)
+    check_choice("damping_form", options.damping_form, get_args(DampingForm))
+    if options.damping_form == "exact":
+        return
+    if measured:
+        raise ValueError(
+            'damping_form="factored" is for KFAC and TKFAC: a measured Θ is not the product of two '
+            'factors that could be damped; leave it at "exact"'
+        )
+    for name in ("basis_rank", "max_dim"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f'damping_form="factored" needs all eigenvectors, and {name} leaves some out: '
+                "leave one of the two out"
+            )
+
+
+def _check_basis(options: Options) -> None:
     check_choice("factors", options.factors, get_args(FactorChoice))
     check_choice("rescaling", options.rescaling, get_args(RescalingChoice))
-    max_failures = as_python(options.max_failures)  # optax.inject_hyperparams makes it an array
-    if not isinstance(max_failures, Tracer):
-        _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
-    _check_count(
-        "statistics_examples",
-        options.statistics_examples,
-        "how many examples factors and Θ are taken from",
-        "all",
-    )
+    check_choice("eigenbasis", options.eigenbasis, get_args(Method))
+    _check_basis_rank(options.basis_rank)
     _check_count(
         "max_dim", options.max_dim, "the largest side that keeps all its eigenvectors", "no limit"
-    )
-    check_choice("eigenbasis", options.eigenbasis, get_args(Method))
-    return options._replace(
-        factor_dtype=_factor_dtype(options.factor_dtype), mesh_axis=_mesh_axis(options)
     )
 
 
@@ -153,43 +176,28 @@ def _check_axis_name(value: object) -> None:
         )
 
 
-def _check_damping_form(options: Options, measured: bool) -> None:
-    check_choice("damping_form", options.damping_form, get_args(DampingForm))
-    if options.damping_form == "exact":
+def _check_basis_rank(rank: object) -> None:
+    if rank is None or (isinstance(rank, str) and rank == "auto"):
         return
-    if measured:
-        raise ValueError(
-            'damping_form="factored" is for KFAC and TKFAC: a Θ that is measured is no product of '
-            'two factors that could be damped; leave it at "exact"'
-        )
-    for name in ("basis_rank", "max_dim"):
-        if getattr(options, name) is not None:
-            raise ValueError(
-                f'damping_form="factored" needs all eigenvectors, and {name} leaves some out: '
-                "leave one of the two out"
-            )
+    if isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1:
+        return
+    if isinstance(rank, float) and 1e-9 <= rank <= 1:
+        return
+    raise ValueError(
+        'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
+        f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
+    )
 
 
-def _check_basis_rank(options: Options) -> None:
-    rank = options.basis_rank
-    number = isinstance(rank, int | float) and not isinstance(rank, bool)
-    too_small = isinstance(rank, int | float) and rank < 1e-9
-    share = isinstance(rank, float) and not 0 < rank <= 1
-    auto = isinstance(rank, str) and rank == "auto"
-    if rank is not None and not auto and (not number or too_small or share):
-        raise ValueError(
-            'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
-            f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
-        )
+def _checked_mesh_axis(options: Options) -> AxisName | None:
+    """The axis of the mesh that splits the batch; raises for device options that do not fit."""
+    check_flag("shard_state", options.shard_state)
+    _check_axis_name(options.axis_name)
     for name in ("basis_rank", "max_dim"):
         if getattr(options, name) is not None and options.shard_state:
             raise ValueError(
                 f"{name} and shard_state=True do not go together: leave one of them out"
             )
-
-
-def _mesh_axis(options: Options) -> AxisName | None:
-    """The mesh's axis, checked."""
     if options.mesh is None:
         for name, default in (("mesh_axis", None), ("shard_state", False)):
             value = getattr(options, name)

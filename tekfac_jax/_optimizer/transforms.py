@@ -65,14 +65,14 @@ def scale_by_tekfac(
 
     Turns the gradient G of each captured layer into Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ
     (Algorithm 1 and Eq. 3.9 of Gao et al., arXiv:2011.13609). `update` takes ``stats=`` from
-    `value_grad_and_stats` or `fisher_stats`; without, it preconditions with the curvature held.
+    `value_grad_and_stats` or `fisher_stats`. Without it, the step uses the curvature it has.
     Parameters outside `layers`, masked ones, and layers without valid curvature pass unchanged.
-    Gradients are expected to be averaged over devices already.
+    Average gradients over devices before you pass them.
 
-    The whole family takes the same arguments, so that one can be swapped for another; what a
-    sibling has no use for (`rescaling` and `rescaling_decay` in KFAC and TKFAC, `factors` in
-    KFAC and EKFAC) has no effect there. Only ``damping_form="factored"`` is an error where a Θ is
-    measured.
+    All members of the family take the same arguments, so you can swap one for another. An argument
+    that a member does not need has no effect there: `rescaling` and `rescaling_decay` in KFAC and
+    TKFAC, `factors` in KFAC and EKFAC. The exception is ``damping_form="factored"``, an error in
+    TEKFAC and EKFAC.
 
     Args:
         layers: from `find_layers`.
@@ -83,73 +83,73 @@ def scale_by_tekfac(
         rescaling_interval: T_RE, steps between updates of Θ.
         factor_decay: β of the average of Φ and Ψ, the weight of the old value, in [0, 1).
         rescaling_decay: β of the average of Θ, in [0, 1).
-        statistics_examples: factors and Θ from so many of the examples, evenly spread over the batch
-            (over each device's part of it), instead of all: cheaper refreshes from noisier
-            statistics. Of a batch that was filled up (``examples=``) it
-            takes the others for evenly spread, or to fill up the end. Not for reduced statistics.
-        stagger: spread the refreshes of different layers over the interval, so that no step is much
-            longer than the others; the first step with statistics refreshes all of them. Then
-            nearly every step uses statistics.
-        early_refreshes: also refresh at steps 1, 2, 4, ... of the first interval, counted from 0:
-            six more refreshes with intervals of 50. Without, the first batch's curvature serves
-            for a whole interval. Not in the paper; for runs of few intervals (measured in
+        statistics_examples: how many examples of the batch (of each device's part of it) factors
+            and Θ are computed from; they are evenly spaced. Fewer examples make refreshes cheaper
+            and noisier. If ``examples=`` marks some of the batch as filler, the fillers must be
+            evenly spread or at the end. Not for reduced statistics. None: all.
+        stagger: spreads the refreshes of different layers over the interval, so that no step is
+            much longer than the others. The first step with statistics refreshes all layers.
+            Nearly every step then uses statistics.
+        early_refreshes: also refreshes at steps 1, 2, 4, ... of the first interval, counted from 0:
+            six more refreshes with intervals of 50. Otherwise the curvature of the first batch
+            serves for a whole interval. For runs of few intervals; not in the paper (measured in
             `docs/results.md`).
 
     Args: Damping
-        damping: λ. ``"trace"``: max(tr Θ, ϑ) / dim Θ (Eq. 3.5); a positive number: fixed
-            (Eq. 3.4); ``"auto"``: trace damping in a network with conv layers, 1e-3 in another.
+        damping: λ. ``"trace"``: max(tr Θ, ϑ) / dim Θ (Eq. 3.5). A positive number: that number
+            (Eq. 3.4). ``"auto"``: trace damping in a network with conv layers, 1e-3 in another.
         damping_scale: multiplies each λ, positive.
         trace_floor: ϑ of Eq. 3.5, not negative.
-        fc_damping: ``"beta"``: under trace damping, Dense layers with one position in a network
-            with conv layers take the largest λ of these; ``"own"``: their own.
-        damping_form: ``"exact"``: λ is added to Θ; ``"factored"``, for KFAC and TKFAC only: a part
-            of √λ to each factor, as their papers do (KFAC with π, section 6.3 of Martens and Grosse
-            2015; TKFAC √δΦ + √λI and √δΨ + √λI). Not with `basis_rank` or `max_dim`.
+        fc_damping: for Dense layers with one position, under trace damping in a network with conv
+            layers. ``"beta"``: the largest λ of the conv layers. ``"own"``: their own λ.
+        damping_form: ``"exact"``: λ is added to Θ. ``"factored"``: a part of √λ is added to each
+            factor, as in the papers on KFAC (with π, section 6.3 of Martens and Grosse 2015) and
+            TKFAC (√δΦ + √λI and √δΨ + √λI). For KFAC and TKFAC only, and not with `basis_rank` or
+            `max_dim`.
 
     Args: Basis
-        factors: ``"exact"``: E[G Gᵀ] and E[Gᵀ G]; ``"location"``: positions (of a convolution,
-            say) taken as uncorrelated.
-        rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2); ``"running"``: from the
-            mini-batch gradient alone, which must be the mean over the batch; needs no
-            statistics but ``batch_size=`` at update, and is biased.
-        basis_rank: how many eigenvectors are kept on each side, the top ones, at least two: a
-            number, a share of the side in (0, 1], or ``"auto"``: an eighth of the inputs and a
-            quarter of the outputs, and sides of up to 32 as a whole. The curvature outside of them
-            is replaced by its mean θ⊥, so that the trace stays; a step costs less, and the state
-            is smaller. None: all.
-        max_dim: with `basis_rank` None, a side with more rows keeps ``"auto"`` of its eigenvectors
-            instead of all; None: no limit. Its factor is kept whole.
-        eigenbasis: ``"eigh"``: each eigendecomposition from scratch; ``"subspace"``: from the basis
-            before, which is kept where it still diagonalises its factor (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖),
-            else improved by one or two passes of subspace iteration, and found from scratch where
-            these do not suffice; ``"auto"``: the latter where at most half of the eigenvectors of
-            a side of more than 256 are kept (of whole bases it gains nothing on CPU).
+        factors: ``"exact"``: E[G Gᵀ] and E[Gᵀ G]. ``"location"``: treats positions (of a
+            convolution, say) as uncorrelated.
+        rescaling: ``"exact"``: Θ from per-example gradients (Eq. 3.2). ``"running"``: Θ from the
+            mini-batch gradient alone, which must be the mean over the batch. This needs
+            ``batch_size=`` at update instead of statistics, and is biased.
+        basis_rank: how many of the top eigenvectors each side keeps, at least two: a number, a
+            share of the side in (0, 1], or ``"auto"`` (an eighth of the inputs and a quarter of the
+            outputs; sides of up to 32 are kept whole). The mean θ⊥ stands for the curvature outside
+            of them, so the trace is preserved. Steps become cheaper and the state smaller. None:
+            all.
+        max_dim: if `basis_rank` is None, a side with more rows than this keeps ``"auto"`` of its
+            eigenvectors instead of all. Its factor is kept whole. None: no limit.
+        eigenbasis: ``"eigh"``: each decomposition starts from scratch. ``"subspace"``: it starts
+            from the previous basis. That is kept if it still diagonalises the factor
+            (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖), else improved by one or two passes of subspace iteration, else
+            computed from scratch. ``"auto"``: the latter on sides of more than 256 rows of which at
+            most half of the eigenvectors are kept (on CPU it gains nothing for a whole basis).
 
     Args: Devices
-        axis_name: name of the `pmap` or `shard_map` axis over which the batch is split, or a tuple
-            of names. Sums are added up over it and eigendecompositions shared out
+        axis_name: the axis of `pmap` or `shard_map` that splits the batch, or a tuple of axes.
+            Statistics are summed over it, and its devices share the eigendecompositions
             (`device_plan`).
-        mesh: under `jit` with `NamedSharding`: the mesh whose devices share the work; without, the
-            numbers are the same, and each device does all of it.
-        mesh_axis: the axis of `mesh` over which the batch is split, or a tuple of axes; None: the
-            first.
-        shard_state: with `mesh`, divide factors and eigenvectors over the devices of `mesh_axis`
-            (see `opt_state_sharding`): the memory of a device falls with their number, the basis
-            is gathered in each step, and all of it where something is refreshed.
+        mesh: under `jit` with `NamedSharding`, the mesh whose devices share the work. Without it
+            the numbers are the same and each device does all the work.
+        mesh_axis: the axis of `mesh` that splits the batch, or a tuple of axes. None: the first.
+        shard_state: with `mesh`, divides factors and eigenvectors over the devices of `mesh_axis`
+            (see `opt_state_sharding`), so that the memory of a device falls with their number. The
+            basis is gathered on each step, and the whole state on steps that refresh something.
 
     Args: Numerics
-        factor_dtype: float32 or float64; None: the kernel's dtype, at least float32.
-        max_failures: a layer whose statistics or decompositions are not finite keeps its last good
-            curvature; after so many failures of one kind in a row it scales its gradient by
-            1 / (mean eigenvalue + λ) instead, until a refresh of that kind succeeds
-            (`check_state` says so). None: never.
+        factor_dtype: float32 or float64. None: the kernel's dtype, at least float32.
+        max_failures: how many refreshes of one kind may fail in a row. A layer whose statistics or
+            decompositions are not finite keeps its last good curvature. After so many failures it
+            scales its gradient by 1 / (mean eigenvalue + λ) instead, until a refresh of that kind
+            succeeds; `check_state` says so. None: any number.
 
     Returns:
-        `optax.GradientTransformationExtraArgs`. Under `jax.vmap` its conditionals compute both
-        branches.
+        `optax.GradientTransformationExtraArgs`. Under `jax.vmap` both branches of its conditionals
+        are computed.
 
     Raises:
-        ValueError: an argument out of its range; at update: statistics or gradients that do not
+        ValueError: an argument is out of its range; at update, statistics or gradients do not
             belong to `layers`.
 
     Example:
@@ -167,7 +167,7 @@ def scale_by_tekfac(
         >>> bool(loss_fn(optax.apply_updates(params, updates), x) < loss)
         True
     """
-    options = locals()  # each argument by its name; nothing else is bound yet
+    options = locals()  # every argument by its name: nothing else is bound yet
     return _transform(TEKFAC, options.pop("layers"), options)
 
 

@@ -1,4 +1,4 @@
-"""The page on the code's layout: its table is the one that is held, its walks are what is called."""
+"""The page on the code's layout: its table is the one held, its walks are what is called."""
 
 import re
 import sys

@@ -144,7 +144,7 @@ def test_equal_layers_have_steps_of_their_own():
 
 def test_intervals_must_be_known():
     layers = layers_of((3, 3))
-    with pytest.raises(ValueError, match=r"stagger=True.*Python numbers"):
+    with pytest.raises(ValueError, match=r"stagger=True.*Python integers"):
         tekfac.scale_by_tekfac(layers, stagger=True, factor_interval=jnp.int32(3))
 
 
