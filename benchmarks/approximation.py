@@ -1,13 +1,13 @@
 """How near each approximation is to the Fisher block: ``python -m benchmarks.approximation``.
 
-A network is trained, and at a few moments the relative Frobenius error ‖F − F̂‖ / ‖F‖ of KFAC,
-EKFAC, TKFAC and TEKFAC is taken for each Dense and conv layer. F is the exact block of the
-empirical Fisher over some training examples, from gradients of single examples in float64; F̂ is
-what the library itself makes of the same examples. The network is in evaluation mode, so that each
-example has a loss of its own with BatchNorm too. Beside them stands the nearest Kronecker product,
-a floor for KFAC and TKFAC, which are such products; EKFAC and TEKFAC are not, and may lie below it.
+A network is trained. At several points of the training, the relative Frobenius error ‖F − F̂‖ / ‖F‖
+of KFAC, EKFAC, TKFAC and TEKFAC is measured for each Dense and conv layer. F is the exact block of
+the empirical Fisher over some training examples, from the gradients of single examples in float64.
+F̂ is what the library computes from the same examples. The network is in evaluation mode, so that
+with BatchNorm, too, each example has its own loss. The error of the nearest Kronecker product is a
+floor for KFAC and TKFAC, which are such products. EKFAC and TEKFAC are not, and may lie below it.
 Theorem 3.1, TEKFAC ≤ TKFAC and EKFAC ≤ KFAC, is checked everywhere. Embeddings, stacked layers and
-convolutions in groups are left out.
+grouped convolutions are left out.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax as tekfac
-from benchmarks.data import DATASETS, load_dataset
+from benchmarks.data.sets import DATASETS, load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.fisher_errors import (
+from benchmarks.fisher.errors import (
     FLOOR,
     METHODS,
     USUAL,
@@ -39,11 +39,11 @@ from benchmarks.fisher_errors import (
     measurer,
     pairs,
 )
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import check_model, make_model
-from benchmarks.optimizers import OPTIMIZERS, RECIPES, Curvature
-from benchmarks.options import exit_with
-from benchmarks.timing import settings as machine
+from benchmarks.models.convnets import check_model, make_model
+from benchmarks.optimizers.recipes import OPTIMIZERS, RECIPES, Curvature
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with
+from benchmarks.training.timing import settings as machine
 
 # One colour for each method; dotted with location factors, dash-dotted with a low rank.
 _STYLES = {
@@ -55,16 +55,16 @@ _STYLES = {
 
 
 def moments(steps: int, points: int) -> list[int]:
-    """The steps after which is measured: 0 to the last, closer at first, where more changes."""
+    """The steps after which to measure: 0 to the last, closer at first, when more changes."""
     return sorted({round(steps * (k / (points - 1)) ** 2) for k in range(points)})
 
 
 def study(task: Task, options: Any) -> Iterator[Point]:
-    """Trains, and yields a point at each of the moments; raises a `TheoremError`."""
+    """Trains, and yields a point at each of the moments; may raise a `TheoremError`."""
     count = len(task.dataset.train_labels)
     if options.examples > count:
         raise UsageError(
-            f"{options.examples} examples were asked for, there are {count}: choose --examples "
+            f"{options.examples} examples were asked for, but there are {count}: choose --examples "
             f"from 1 to {count}"
         )
     chosen = np.random.default_rng(options.seed).permutation(count)[: options.examples]
@@ -113,14 +113,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--subset", type=int, metavar="N", help="train with N examples only")
     add("--model", default="cnn", help="a model for images (default: cnn)")
     add("--width", type=int, default=8, help="channels of the first convolution (default: 8)")
-    add("--optimizer", default="tekfac", help=f"trains: {', '.join(OPTIMIZERS)} (default: tekfac)")
+    add(
+        "--optimizer",
+        default="tekfac",
+        help=f"optimizer of the training: {', '.join(OPTIMIZERS)} (default: tekfac)",
+    )
     add("--learning-rate", type=float, help="falls along half a cosine (default: the optimizer's)")
     add("--epochs", type=int, default=10, help="length of the training (default: 10)")
-    add("--batch-size", type=int, default=64, help="of the training (default: 64)")
-    add("--points", type=int, default=8, help="moments that are measured, both ends included: 2 or "
+    add("--batch-size", type=int, default=64, help="batch size of the training (default: 64)")
+    add("--points", type=int, default=8, help="number of measurements, both ends included: 2 or "
         "more (default: 8)")  # fmt: skip
-    add("--examples", type=int, default=256, help="that the Fisher is taken over (default: 256)")
-    add("--seed", type=int, default=0, help="of parameters, batches and examples (default: 0)")
+    add("--examples", type=int, default=256, help="examples of the Fisher (default: 256)")
+    add("--seed", type=int, default=0, help="seed of parameters, batches and examples (default: 0)")
     add("--out", type=Path, default=Path("out"), metavar="DIR",
         help="where approximation.json and approximation.png go (default: out)")  # fmt: skip
     options = parser.parse_args(argv)
@@ -141,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the study; code 2 and a sentence where it cannot, code 1 where a theorem fails."""
+    """Runs the study; code 2 and a sentence if it cannot, code 1 if a theorem fails."""
     try:
         _run(parse(argv))
     except (DataError, UsageError) as error:
@@ -177,7 +181,7 @@ def _run(options: argparse.Namespace) -> None:
     for line in (sentences := summary(points)):
         print(line)
     draw(options.out / "approximation.png", points, title)
-    # Where files lie on this machine says nothing about the study.
+    # Paths on this machine say nothing about the study.
     asked = {name: value for name, value in vars(options).items() if name not in ("data", "out")}
     record = {
         "settings": {
@@ -193,7 +197,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def summary(points: list[Point]) -> list[str]:
-    """How often what was asked held, in sentences."""
+    """How often each inequality held, in sentences."""
     cases = sum(len(point.layers) for point in points)
     lines = [
         "Theorem 3.1 (TEKFAC ≤ TKFAC, EKFAC ≤ KFAC): held in all of the "
@@ -206,7 +210,7 @@ def summary(points: list[Point]) -> list[str]:
 
 
 def show(console: Console, points: list[Point]) -> None:
-    """A row for each layer and point, a column for each method; plain where no terminal is."""
+    """A row for each layer and point, a column for each method; plain text without a terminal."""
     header = ["layer", "step", "loss", *METHODS, FLOOR]
     rows = [
         [
@@ -221,7 +225,7 @@ def show(console: Console, points: list[Point]) -> None:
     if console.is_terminal:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for i, name in enumerate(header):
-            # Folded, where the terminal is narrow: cut, two layers would have the same name.
+            # Folded if the terminal is narrow: cut off, two layers could have the same name.
             table.add_column(
                 name.replace(" ", "\n"), justify="right" if i else "left", overflow="fold"
             )

@@ -1,4 +1,4 @@
-"""What can go wrong before a run starts; the command line prints each as one sentence."""
+"""Errors that can occur before a run starts; the command line prints each as one sentence."""
 
 
 class UsageError(ValueError):

@@ -1,7 +1,7 @@
-"""What a healthy run looks like: ``python -m benchmarks.healthy --out docs/healthy.png``.
+"""What a healthy run looks like: ``python -m benchmarks.healthy --out docs/images/healthy.png``.
 
 Trains the small convolutional network on scikit-learn's digits with TEKFAC, records every step,
-and draws the record with `tekfac_jax.plot`. Less than a minute on a CPU.
+and draws the record with `tekfac_jax.plot`. Takes less than a minute on a CPU.
 """
 
 import argparse
@@ -14,14 +14,14 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import UsageError
-from benchmarks.loop import Task
-from benchmarks.models import make_model
-from benchmarks.options import exit_with
+from benchmarks.models.convnets import make_model
+from benchmarks.training.loop import Task
+from benchmarks.training.options import exit_with
 from tekfac_jax import plot
 
-# The basis is refreshed less often than its factors: so the picture shows how it ages.
+# The basis is refreshed less often than its factors, so that the picture shows it ageing.
 _INTERVALS: dict[str, Any] = {
     "factor_interval": 10,
     "eigenbasis_interval": 50,
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def record(task: Task, *, epochs: int, learning_rate: float, seed: int = 0) -> Recorded:
-    """Trains with TEKFAC and keeps what a logger would get, for every step.
+    """Trains with TEKFAC and keeps what a logger would record, for every step.
 
     Args:
         task: network and data.

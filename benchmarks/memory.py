@@ -1,8 +1,8 @@
 """What statistics cost in memory: ``python -m benchmarks.memory``.
 
-Temporary memory of a compiled gradient, from XLA's own analysis: of the plain gradient, with raw
-statistics, and with reduced ones. Then what optimizers remember of the kernels and biases of known
-networks, from their shapes. Nothing is run.
+Prints the temporary memory of a compiled gradient by XLA's own analysis: plain, with raw
+statistics, and with reduced ones. Then prints the optimizer state for the kernels and biases of
+known networks, from their shapes. Nothing is run.
 """
 
 import argparse
@@ -22,9 +22,9 @@ from rich.table import Table
 
 import tekfac_jax as tekfac
 from benchmarks.errors import UsageError
-from benchmarks.models import VGG16, ResNet20
-from benchmarks.networks import NETWORKS
-from benchmarks.options import exit_with
+from benchmarks.models.convnets import VGG16, ResNet20
+from benchmarks.models.shapes import NETWORKS
+from benchmarks.training.options import exit_with
 
 
 class Block(nn.Module):
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        """(N, T, F) to the same, and nothing."""
+        """(N, T, F) to the same shape, and None."""
         y = nn.Dense(4 * x.shape[-1])(nn.LayerNorm()(x))
         return x + nn.Dense(x.shape[-1])(nn.gelu(y)), None
 
@@ -45,7 +45,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(N, T, F) to the same."""
+        """(N, T, F) to the same shape."""
         blocks = nn.scan(
             nn.remat(Block) if self.remat else Block,
             variable_axes={"params": 0},
@@ -57,7 +57,7 @@ class Stack(nn.Module):
 
 def main(argv: list[str] | None = None) -> None:
     """Compiles the gradients, prints a table and writes JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--depth", type=int, default=16)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--positions", type=int, default=32)
@@ -114,7 +114,7 @@ def known_networks() -> dict[str, tekfac.Layers]:
 
 
 def states_of(layers: tekfac.Layers) -> dict[str, float]:
-    """MiB in float32 that optimizers keep of these layers, momentum among it, by optimizer.
+    """Optimizer state for these layers in MiB of float32, momentum included, by optimizer.
 
     K-FAC: two factors and their inverses, and momentum. SOAP: two factors and their eigenvectors,
     and Adam's two averages (Vyas et al. 2024, without limits on the sides).
@@ -160,7 +160,7 @@ def measure(model: nn.Module, shape: tuple[int, int, int]) -> dict[str, float]:
 
 
 def mebibytes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-    """Temporary memory of a compiled function and what it returns besides the gradient."""
+    """MiB of a compiled function's temporary memory, and of what it returns beside the gradient."""
     analysis = jax.jit(function).lower(*args, **kwargs).compile().memory_analysis()
     gradient = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
     assert analysis is not None

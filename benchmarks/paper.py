@@ -2,8 +2,8 @@
 
 ``--list`` shows the experiments; each is a module of `benchmarks.experiments`. Every optimizer of
 an experiment is tuned with the same number of trials by successive halving, then trained with each
-seed, from the same parameters and with the same order of the data. Kill it whenever you like: the
-same command continues where it was. ``python -m benchmarks.report`` draws what there is.
+seed, from the same parameters and with the same order of the data. You may kill it at any time: the
+same command continues where it stopped. ``python -m benchmarks.report`` draws the results so far.
 """
 
 import argparse
@@ -19,30 +19,30 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks import experiment as experiment_module
-from benchmarks import kfac_jax_trainer
-from benchmarks.augment import crop_and_flip
-from benchmarks.data import load_dataset
+from benchmarks import experiments
+from benchmarks.data.augment import crop_and_flip
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import DataError, UsageError, check_choice
-from benchmarks.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
-from benchmarks.halving import Candidate, candidates, grid_size, search
-from benchmarks.loop import COSINE, Task, Trainer, Trains
-from benchmarks.models import make_model
-from benchmarks.optimizers import divide
-from benchmarks.options import exit_with
-from benchmarks.runs import OutOfTime, Store, train, write_json
+from benchmarks.models.convnets import make_model
+from benchmarks.optimizers.recipes import divide
+from benchmarks.training import kfac_jax_trainer
+from benchmarks.training.experiment import SEARCH_SEED, Entry, Experiment, RunSpec, TaskSpec
+from benchmarks.training.halving import Candidate, candidates, grid_size, search
+from benchmarks.training.loop import COSINE, Task, Trainer, Trains
+from benchmarks.training.options import exit_with
+from benchmarks.training.runs import OutOfTime, Store, train, write_json
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what is asked for; ends with code 2 and one sentence where it cannot."""
+    """Runs the experiments; ends with code 2 and one sentence if it cannot."""
     options = _parse(argv)
     console = Console(soft_wrap=True)
     try:
         if options.list or options.experiment is None:
             _show_list(console)
             return
-        names = experiment_module.names() if options.experiment == "all" else [options.experiment]
-        loaded = {name: experiment_module.load(name) for name in names}
+        names = experiments.names() if options.experiment == "all" else [options.experiment]
+        loaded = {name: experiments.load(name) for name in names}
         deadline = time.monotonic() + 60 * options.minutes
         for name, (experiment, doc) in loaded.items():
             out = options.out or Path("out") / "paper"
@@ -69,9 +69,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.paper", description=(__doc__ or "").partition("\n\n")[2]
     )
     add = parser.add_argument
-    add("experiment", nargs="?", help="its name, or all")
+    add("experiment", nargs="?", help="name of an experiment, or all")
     add("--list", action="store_true", help="show the experiments")
-    add("--minutes", type=float, default=math.inf, help="stop after an epoch when these are over")
+    add(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="stop after this time, at the end of an epoch",
+    )
     add("--only", type=lambda text: [label.strip() for label in text.split(",")],
         metavar="LABELS", help="only these entries, separated by commas")  # fmt: skip
     add("--data", type=Path, metavar="DIR", help="directory with the data sets")
@@ -83,14 +88,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _show_list(console: Console) -> None:
-    for name in experiment_module.names():
-        experiment, doc = experiment_module.load(name)
+    for name in experiments.names():
+        experiment, doc = experiments.load(name)
         console.print(f"[bold]{name}[/bold]: {experiment.title}", highlight=False)
         console.print(f"  {len(experiment.entries)} entries; {doc.splitlines()[0]}")
 
 
 class Session:
-    """An experiment at work: search of every entry, then one seed of every entry after another."""
+    """A running experiment: the search of every entry, then all entries, seed by seed."""
 
     def __init__(
         self, name: str, experiment: Experiment, doc: str, store: Store, console: Console, *,
@@ -128,10 +133,10 @@ class Session:
         }
 
     def run(self) -> None:
-        """Everything that is not finished.
+        """Runs everything that is not finished.
 
         Raises:
-            OutOfTime: before the end.
+            OutOfTime: the time limit passed before the end.
         """
         with self._progress() as (describe, advance):
             winners: dict[str, Candidate] = {}
@@ -148,7 +153,7 @@ class Session:
                     self._train(spec, advance)
 
     def _write(self, winners: dict[str, Candidate]) -> None:
-        """What the report needs beside the records; winners of others than --only stay."""
+        """Writes what the report needs beside the records; winners of other entries stay."""
         path = self.store.directory / "experiment.json"
         write_json(path, {**self._description, "winners": {**self._known_winners(), **winners}})
 
@@ -183,7 +188,7 @@ class Session:
         return record
 
     def _trainer(self, spec: RunSpec) -> Trains:
-        """Compiled once for all runs that differ only in numbers that stand in the state."""
+        """Compiled once for all runs that differ only in numbers kept in the state."""
         static, traced = divide(spec.settings)
         key = repr((spec.optimizer, sorted(static.items(), key=str), sorted(traced)))
         if key not in self._trainers and spec.optimizer == kfac_jax_trainer.NAME:
@@ -193,7 +198,7 @@ class Session:
         return self._trainers[key]
 
     def _epochs(self, entry: Entry) -> int:
-        """Of search and runs of an entry."""
+        """Epochs of an entry's search and runs together."""
         alive, total = min(grid_size(entry.grid), self.trials), 0
         for rung in self.experiment.rungs:
             if alive > 1:
@@ -220,7 +225,7 @@ def make_task(spec: TaskSpec, data: Path | None) -> Task:
     """Reads the data and makes the network.
 
     Raises:
-        DataError: the data is not there.
+        DataError: the data cannot be read.
         UsageError: an unknown model, or one that does not fit.
     """
     dataset = load_dataset(spec.dataset, data, spec.subset)

@@ -1,15 +1,15 @@
 """What a step of kfac-jax and of PSGD Kron costs: ``python -m benchmarks.peers --out out``.
 
-Neither runs on the versions that tekfac_jax is made for, so each wants an environment of its own:
-`benchmarks.kfac_jax_trainer` says which for the one, and for the other it is::
+Neither runs with the versions that tekfac_jax requires, so each needs an environment of its own.
+The one for kfac-jax is in `benchmarks.training.kfac_jax_trainer`; the one for PSGD Kron is::
 
     pip install "jax==0.10.2" "flax==0.12.8" "optax==0.2.6" psgd-jax
     pip install rich matplotlib scikit-learn pillow jaxtyping
 
-What is installed is timed. As in `benchmarks.speed` each step is a ratio to one of SGD with
-momentum that ran in the same round of the same process, on the same random images, at batch 128.
-(Kron is that of psgd-jax: distributed-kron, by the same author, cannot be imported with jax 0.6.2
-to 0.10.2.)
+Whatever is installed is timed. As in `benchmarks.speed`, the figures are ratios to a step of SGD
+with momentum that ran in the same round of the same process, on the same random images, at batch
+128. (Kron is that of psgd-jax: distributed-kron, by the same author, cannot be imported with jax
+0.6.2 to 0.10.2.)
 """
 
 import argparse
@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.kfac_jax_trainer import KfacJaxTrainer, is_installed
-from benchmarks.loop import Task, Trainer
-from benchmarks.optimizers import RECIPES
-from benchmarks.options import exit_with
+from benchmarks.optimizers.recipes import RECIPES
 from benchmarks.speed import make_task
-from benchmarks.timing import MODELS, in_turn, ratios, settings
+from benchmarks.training.kfac_jax_trainer import KfacJaxTrainer, is_installed
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with
+from benchmarks.training.timing import MODELS, in_turn, ratios, settings
 
 _BATCH = 128
 _NOT_INSTALLED = (
     "neither kfac-jax nor psgd-jax is installed; each needs an environment of its own: "
-    "benchmarks/kfac_jax_trainer.py and benchmarks/peers.py say which"
+    "benchmarks/training/kfac_jax_trainer.py and benchmarks/peers.py say which"
 )
 
 
@@ -47,24 +47,24 @@ class Peer(NamedTuple):
 
 
 def peers() -> dict[str, Peer]:
-    """Those that are installed, by name."""
+    """The installed peers, by name."""
     found = {}
     if is_installed():
         periods = {"curvature_update_period": 10, "inverse_update_period": 10}
         found["kfac-jax, 10/10"] = Peer(lambda task: KfacJaxTrainer(task, periods), 10)
-    if "kron" in RECIPES:  # it refreshes at random steps: a long period
+    if "kron" in RECIPES:  # it refreshes at random steps, hence a long period
         found["PSGD Kron, 0.03"] = Peer(lambda task: Trainer(task, "kron", {}), 100)
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times the peers on the models that are asked for, prints a table and writes JSON."""
+    """Times the peers on the given models, prints a table and writes JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--models", default="mlp", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--warm-ups", type=int, default=2,
-        help="periods of refreshes before the clock, in which memory is new (default: 2)",
+        help="untimed periods of refreshes at the start, which touch new memory (default: 2)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
@@ -106,7 +106,7 @@ def measure(task: Task, timed: dict[str, Peer], rounds: int, warm_ups: int) -> d
 
 
 def _stepping(task: Task, trainer: Any, number: int) -> Callable[[], float]:
-    """A function that takes so many steps, and returns the mean of their seconds."""
+    """A function that takes `number` steps and returns the mean of their seconds."""
     batches, taken = list(task.batches(seed=0, epoch=0)), 0
     state = trainer.initial_state(0)
 

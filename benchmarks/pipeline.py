@@ -1,10 +1,12 @@
 """What the input pipeline adds to a step: ``python -m benchmarks.pipeline``.
 
-In turn, with ResNet20, SGD and batches of 128: a step on a batch that lies on the device, not
-augmented; one with a batch that is drawn, copied to the device and augmented for it; and one whose
-batch was made ahead. Prints medians, and the ratios to the first of the same round.
+Times three steps in turn, with ResNet20, SGD and batches of 128. The first has its batch on the
+device already, without augmentation. The second draws its batch, copies it to the device and
+augments it. The third does the same with a batch that was made ahead. Prints medians, and ratios to
+the first step of the same round.
 """
 
+import argparse
 import itertools
 import statistics
 import time
@@ -16,18 +18,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.augment import crop_and_flip
-from benchmarks.data import Dataset
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import make_model
-from benchmarks.prefetch import prefetch
-from benchmarks.timing import in_turn, random_images, ratios, settings
+from benchmarks.data.augment import crop_and_flip
+from benchmarks.data.prefetch import prefetch
+from benchmarks.data.sets import Dataset
+from benchmarks.models.convnets import make_model
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.timing import in_turn, random_images, ratios, settings
 
 _BASE = "step alone"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures and prints."""
+    argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__).parse_args(
+        argv
+    )
     times = measure(make_model("resnet20", 10), batch_size=128, rounds=40)
     print(settings())
     for name, found in ratios(times, _BASE).items():

@@ -1,7 +1,7 @@
 """What dominates a step: ``python -m benchmarks.profile --model resnet20``.
 
-Runs each kind of TEKFAC step under `jax.profiler` and adds the time of every operation up by the
-part of the step that it belongs to, as the names in the compiled program say.
+Runs each kind of TEKFAC step under `jax.profiler` and sums the time of its operations by the part
+of the step that they belong to, according to the names in the compiled program.
 """
 
 import argparse
@@ -18,18 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.loop import Trainer
-from benchmarks.options import basis_rank, exit_with
 from benchmarks.speed import COUNTS, INTERVALS, at_count, make_task
-from benchmarks.timing import MODELS
+from benchmarks.training.loop import Trainer
+from benchmarks.training.options import basis_rank, exit_with
+from benchmarks.training.timing import MODELS
 
 _INSTRUCTION = re.compile(r"%?([\w.\-]+) = .* ([\w\-]+)\(.*?op_name=\"([^\"]*)\"")
-_AROUND = ("while", "conditional", "call", "tuple")  # contain the time of others
+_AROUND = ("while", "conditional", "call", "tuple")  # their time contains that of others
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prints a table: milliseconds of each part, for each kind of step."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.profile", description=__doc__)
     parser.add_argument("--model", default="resnet20", help=f"one of {', '.join(MODELS)}")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--basis-rank", type=basis_rank, help="auto, a number or a share")
@@ -86,7 +86,7 @@ def _part(scope: str) -> str:
 
 
 def _events(folder: Path) -> Iterator[tuple[str, float]]:
-    """(name of an operation, milliseconds) of what a trace holds."""
+    """(name, milliseconds) of every operation in a trace."""
     for path in folder.rglob("*.xplane.pb"):
         data: Any = jax.profiler.ProfileData.from_file(str(path))
         for plane in data.planes:

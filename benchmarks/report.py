@@ -15,19 +15,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.errors import DataError
-from benchmarks.options import exit_with
-from benchmarks.results import Outcome, Results, plateau, read
-from benchmarks.summary import mean_and_spread, save_curves
+from benchmarks.reporting.results import Outcome, Results, plateau, read
+from benchmarks.reporting.summary import mean_and_spread, save_curves
+from benchmarks.training.options import exit_with
 
 _DASH = "–"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws everything; ends with code 2 and one sentence where there is nothing."""
+    """Draws everything; ends with code 2 and one sentence if there is nothing."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=(__doc__ or "").partition("\n\n")[2]
     )
-    parser.add_argument("directory", type=Path, help="what was --out of benchmarks.paper")
+    parser.add_argument("directory", type=Path, help="the --out directory of benchmarks.paper")
     directory = parser.parse_args(argv).directory
     try:
         found = read(directory)
@@ -68,13 +68,13 @@ def tables(results: Results) -> list[str]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; its first column is to the left, the others to the right."""
+    """A table; its first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison(results: Results) -> list[str]:
-    """Optimizers side by side, beside published figures where there are some.
+    """Optimizers side by side, with published figures if there are any.
 
     One table in epochs and one in seconds.
     """
@@ -147,9 +147,9 @@ def _swept(results: Results) -> tuple[str, dict[str, dict[float, Outcome]], list
 def sweep_groups(
     outcomes: Sequence[Outcome], axis: str, others: Sequence[str]
 ) -> dict[str, dict[float, Outcome]]:
-    """Row of the table -> value of the setting -> outcome; entries that are not begun are left out.
+    """Row of the table -> value of the setting -> outcome; entries without runs are left out.
 
-    Settings that an optimizer does not have do not stand in the row's name.
+    The row's name omits settings that the optimizer does not have.
     """
     groups: dict[str, dict[float, Outcome]] = {}
     for outcome in outcomes:
@@ -162,7 +162,7 @@ def sweep_groups(
 
 
 def published_overview(found: Sequence[Results]) -> str:
-    """The paper's Table 3: all experiments that have published figures, ours beside them."""
+    """The paper's Table 3: our figures beside the published ones, where these exist."""
     compared = [
         r for r in found if r.description["published"] and r.description["view"] == "comparison"
     ]
@@ -198,8 +198,8 @@ def notes(results: Results) -> list[str]:
     ]
     if described["view"] == "comparison":
         found.append(
-            f"share: the epochs, seconds that {outcomes[0].label} takes to reach the least "
-            "training loss that the other one has in any epoch, as a share of what that one takes"
+            f"share: the epochs, seconds that {outcomes[0].label} needs to reach the other's least "
+            "training loss in any epoch, as a share of what the other needs"
         )
     missing = [o.label for o in outcomes if len(o.records) < seeds]
     if missing:

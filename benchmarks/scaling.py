@@ -1,11 +1,12 @@
 """What several devices change, and what they do not: ``python -m benchmarks.scaling``.
 
-On CPU the devices are threads of one machine, so nothing is timed here. What is measured: that
-ten steps give the numbers of one device (float64), how many bytes a step communicates (from the
-compiled program), how evenly the eigendecompositions of two large networks are shared out, and
-how much state a device keeps.
+On CPU the devices are threads of one machine, so nothing is timed here. Measured are the difference
+to one device after ten steps (float64), the bytes that a step communicates (from the compiled
+program), how evenly the eigendecompositions of large networks are divided, and how much state a
+device keeps.
 """
 
+import argparse
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax as tekfac
-from benchmarks.networks import NETWORKS
+from benchmarks.models.shapes import NETWORKS
 
 STEPS = 10
 BATCH = 64
@@ -204,7 +205,7 @@ def state_bytes(layers: tekfac.Layers, devices: int, *, shard_state: bool) -> in
 
 
 class Machine(NamedTuple):
-    """Rates that a step is reckoned with. Assumptions: nothing here was measured.
+    """Rates from which a step is estimated. These are assumptions: nothing here was measured.
 
     Attributes:
         forward: flop/s of forward and backward, in half precision.
@@ -226,14 +227,14 @@ class Seconds(NamedTuple):
 
     forward_backward: float
     gradients: float  # their sum over devices
-    rotations: float  # of each device, of all layers: these are not divided
+    rotations: float  # of all layers, on each device: these are not divided
     statistics: float  # factors and Θ of a device's own examples
-    decompositions: float  # of the device that has most to do
-    curvature: float  # factors, Θ and bases on their way
+    decompositions: float  # of the device with the most work
+    curvature: float  # communication of factors, Θ and bases
 
     @property
     def sgd(self) -> float:
-        """What a step of SGD takes of it."""
+        """The part that a step of SGD takes too."""
         return self.forward_backward + self.gradients
 
 
@@ -241,7 +242,7 @@ def on_paper(
     layers: tekfac.Layers, devices: int, *, examples: int = 64, machine: Machine = Machine(),  # noqa: B008
     factors: int = 50, rescaling: int = 50, eigenbasis: int = 200,
 ) -> Seconds:  # fmt: skip
-    """A step with so many examples on each device, at these intervals."""
+    """The estimate for a step with `examples` on each device, at these intervals."""
     forward = rotations = factor = theta = 0.0
     parameters = triangles = bases = 0
     for spec in layers.values():
@@ -301,8 +302,11 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def main() -> None:
-    """Prints the three tables."""
+def main(argv: list[str] | None = None) -> None:
+    """Prints the tables."""
+    argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__).parse_args(
+        argv
+    )
     jax.config.update("jax_enable_x64", True)
     console = Console(width=100)
     table = _table(

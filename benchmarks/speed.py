@@ -1,10 +1,10 @@
 """What a step of TEKFAC costs, as a ratio to one of SGD: ``python -m benchmarks.speed``.
 
 All steps are timed in one process, in turn, on random images: SGD, its peers, each kind of TEKFAC
-step, then SGD again, and so on; the figures are medians of the ratios to the SGD step of the same
-round. One compiled TEKFAC step serves for all kinds: its three intervals are primes, and the step
-count in the state is set to what makes one refresh, all or none of them due. kfac-jax needs another
-version of jax: `benchmarks.peers` times it, and ``--peers`` adds its figures here.
+step, then SGD again, and so on. The figures are medians of the ratios to the SGD step of the same
+round. One compiled TEKFAC step serves all kinds: its three intervals are primes, and the step count
+in the state is set so that one refresh, all or none of them are due. kfac-jax needs another version
+of jax: `benchmarks.peers` times it, and ``--peers`` adds its figures here.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import tekfac_jax
-from benchmarks.data import Dataset
+from benchmarks.data.sets import Dataset
 from benchmarks.errors import UsageError, check_choice
-from benchmarks.loop import Task, Trainer
-from benchmarks.optimizers import Curvature
-from benchmarks.options import basis_rank, exit_with
-from benchmarks.timing import (
+from benchmarks.optimizers.recipes import Curvature
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import basis_rank, exit_with
+from benchmarks.training.timing import (
     BATCHES,
     MODELS,
     draw,
@@ -40,7 +40,7 @@ from benchmarks.timing import (
     settings,
 )
 
-# T_FIM, T_EIG, T_RE of the step that is timed, and the counts at which just one of them divides.
+# T_FIM, T_EIG, T_RE of the timed step, and step counts at which none, one or all are due.
 INTERVALS = Curvature(factor_interval=3, eigenbasis_interval=5, rescaling_interval=7)
 COUNTS = {"off": 1, "factors": 3, "eigenbasis": 5, "rescaling": 7, "all three": 105}
 _AMORTISED = {"50/50/200": (50, 50, 200), "10/10/10": (10, 10, 10)}
@@ -48,8 +48,8 @@ _PEERS = ("sgd", "adam", "muon", "soap")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Times the models that are asked for, prints a table, writes JSON and a bar chart."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Times the given models, prints a table, writes JSON and a bar chart."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
     parser.add_argument("--models", default="cnn,resnet20", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15, help="how often every step is timed")
@@ -58,11 +58,11 @@ def main(argv: list[str] | None = None) -> None:
         help="which bases are timed: all, auto, a number, a share (default: all,auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--rescaling-examples", type=int, help="curvature from so many of the examples"
+        "--rescaling-examples", type=int, help="take the curvature from this many examples"
     )
     parser.add_argument(
         "--spikes", type=int, default=0, metavar="ROUNDS",
-        help="time every step of an interval so many times, staggered and not (default: 0)",
+        help="times that every step of an interval is timed, staggered and not (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--peers",
@@ -70,12 +70,12 @@ def main(argv: list[str] | None = None) -> None:
         nargs="+",
         default=(),
         metavar="JSON",
-        help="what benchmarks.peers wrote, for the chart",
+        help="files that benchmarks.peers wrote, for the chart",
     )
     parser.add_argument(
         "--peak-tflops", type=float, metavar="TFLOPS",
         help="arithmetic peak of the device, to print times and the share of it that is reached "
-        "(default: by the name of the GPU, where it is known)",
+        "(default: by the name of the GPU, if it is known)",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args(argv)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _read_peers(paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """What `benchmarks.peers` found, by model; before anything is timed for hours."""
+    """What `benchmarks.peers` found, by model; read before hours of timing begin."""
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         try:
@@ -208,11 +208,11 @@ def measure(
 def measure_spikes(
     name: str, batch_size: int, rank: Any, *, interval: int = 50, rounds: int = 3
 ) -> dict[str, float]:
-    """The worst step of an interval over the median one, with `stagger` and without.
+    """The worst step of an interval over the median one, with and without `stagger`.
 
-    All three refreshes have the same interval. Each of its steps is timed `rounds` times, in
-    turn with the other kind, and counts with the median; the first interval, in which everything is
-    new, is left out.
+    All three refreshes have the same interval. Each of its steps is timed `rounds` times, in turn
+    with the other kind, and its median counts. The first interval, in which everything is new, is
+    left out.
     """
     task = make_task(name, batch_size)
     batches = list(task.batches(seed=0, epoch=0))
@@ -248,7 +248,7 @@ def measure_spikes(
 def _amortised(kinds: dict[str, Any], intervals: tuple[int, int, int]) -> float:
     """Mean cost of a step: the off-step, and each refresh's surplus over its interval.
 
-    Where all three fall on one step they cost what such a step costs, less than their sum.
+    A step on which all three fall costs what such a step costs, which is less than their sum.
     """
     off = kinds["off"]["ratio"]
     together = math.lcm(*intervals)
@@ -279,7 +279,7 @@ def make_task(name: str, batch_size: int) -> Task:
 
 
 def _bars(found: dict[str, Any], others: dict[str, Any]) -> dict[str, float]:
-    """What is drawn of one model: a step's cost by optimizer, refreshes shared out over steps."""
+    """What is drawn of one model: a step's cost by optimizer, with refreshes spread over steps."""
     bars = {o: f["ratio"] for o, f in found["peers"].items() if o != "sgd"}
     bars |= {name: value["ratio"] for name, value in others.items()}
     for text, program in found["tekfac"].items():
@@ -346,7 +346,7 @@ def _ratio(own: Callable[..., dict[str, Any]], kind: str, found: dict[str, Any])
 
 
 def _with_quartiles(found: dict[str, Any]) -> str:
-    """The median, and the quartiles where it was timed and not computed from others."""
+    """The median, and the quartiles if it was timed, not computed from others."""
     spread = found.get("quartiles", ())
     return f"{found['ratio']:.2f}" + (" ({:.2f}-{:.2f})".format(*spread) if spread else "")
 

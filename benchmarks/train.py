@@ -7,21 +7,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 from benchmarks.errors import DataError, UsageError
-from benchmarks.loop import Task, Trainer
-from benchmarks.models import make_model
-from benchmarks.optimizers import RECIPES
-from benchmarks.options import exit_with, parse
-from benchmarks.search import TRIALS, Search, search_learning_rate
-from benchmarks.summary import Result, save_curves, save_json, show_table
+from benchmarks.models.convnets import make_model
+from benchmarks.optimizers.recipes import RECIPES
+from benchmarks.reporting.summary import Result, save_curves, save_json, show_table
+from benchmarks.training.loop import Task, Trainer
+from benchmarks.training.options import exit_with, parse
+from benchmarks.training.search import TRIALS, Search, search_learning_rate
 
-# The search sees other parameters and another order of the data than the runs that count.
+# The search uses other parameters and another order of the data than the final runs.
 _SEARCH_SEED = 1_000_000
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the benchmark; ends with code 2 and one sentence where it cannot."""
+    """Runs the benchmark; ends with code 2 and one sentence if it cannot."""
     try:
         _run(parse(argv))
     except (DataError, UsageError) as error:
@@ -104,7 +104,7 @@ def _describe_search(name: str, search: Search) -> str:
 def _progress(
     console: Console, name: str, epochs: int
 ) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """A progress bar where there is a terminal: functions to describe and to advance it."""
+    """A progress bar, if there is a terminal: functions that describe and advance it."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("epochs"), TimeElapsedColumn(),

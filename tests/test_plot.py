@@ -1,6 +1,5 @@
 """Pictures: what is drawn are the numbers, and what cannot be drawn is said."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 import tekfac_jax as tekfac
-from benchmarks import healthy
 from tekfac_jax import plot
 from tests import snippets
 
@@ -147,28 +145,6 @@ def test_without_matplotlib_one_sentence():
     )
 
 
-# --- the picture of a healthy run ------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_healthy_run(tmp_path, capsys):
-    picture = tmp_path / "new" / "run.png"
-    healthy.main(["--epochs", "1", "--out", str(picture)])
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    printed = re.match(r"22 steps, loss (\S+) to (\S+): ", capsys.readouterr().out)
-    assert printed is not None
-    first, last = map(float, printed.groups())
-    assert last < first / 2
-
-
-@pytest.mark.parametrize("option", ["--epochs=0", "--batch-size=2000", "--learning-rate=nan"])
-def test_healthy_run_refuses(option, capsys):
-    with pytest.raises(SystemExit) as ended:
-        healthy.main([option])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 # --- the page --------------------------------------------------------------------------------
 
 
@@ -180,4 +156,4 @@ def test_the_page_runs_and_its_picture_is_small(tmp_path, monkeypatch):
     records = namespace["records"]
     assert records[-1]["loss"] < records[0]["loss"] / 2
     assert {"Dense_0/angle", "Dense_0/update_ratio", "Dense_0/damping"} <= set(records[0])
-    assert (DOCS / "healthy.png").stat().st_size < 150_000
+    assert (DOCS / "images" / "healthy.png").stat().st_size < 150_000

@@ -141,7 +141,7 @@ def test_only_one_module_unpickles():
     found = {
         path.relative_to(ROOT).as_posix(): names for path in files if (names := unpickles(path))
     }
-    assert found == {"benchmarks/unpickle.py": {"pickle"}}
+    assert found == {"benchmarks/data/safe_pickle.py": {"pickle"}}
 
 
 # --- contributors ----------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """`pmap` with a replicated train state: ``python -m benchmarks.examples.pmap``.
 
-The train state has an axis of devices in front, and so has the batch.
+The train state and the batch have a leading axis of devices.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ AXIS = "data"
 
 
 def train(steps: int, devices: int | None = None) -> tuple[Any, float]:
-    """Trains on so many devices (None: all); returns the train state and the last loss."""
+    """Trains on `devices` devices (None: all); returns the train state and the last loss."""
     used = jax.devices()[:devices]
     model = problem.Net(axis_name=AXIS)
     layers, variables = problem.find(model)

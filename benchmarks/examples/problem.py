@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from benchmarks.data import load_dataset
+from benchmarks.data.sets import load_dataset
 
 BATCH = 64
 
@@ -51,7 +51,7 @@ def make_loss(model: nn.Module) -> Callable[..., Any]:
 
 
 def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of a step: the same wherever, and however often, it is run."""
+    """The images and labels of a step: the same in every process and every run."""
     digits = load_dataset("digits")
     rows = np.random.default_rng(step).choice(len(digits.train_labels), BATCH, replace=False)
     return digits.train_inputs[rows], digits.train_labels[rows]

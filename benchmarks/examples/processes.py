@@ -2,10 +2,9 @@
 
 For two: ``python -m benchmarks.examples.processes --processes 2 --process 0`` and ``--process 1``.
 
-
-As `sharded_jit`, with a mesh over the devices of all processes; each process gives its part of the
-batch. Checkpoints are written together and read by any number of processes. Where one process
-dies the others cannot go on: they end with a sentence, and the job is started again.
+As `sharded_jit`, with a mesh over the devices of all processes; each process provides its part of
+the batch. Checkpoints are written together and read by any number of processes. If one process
+dies, the others cannot go on: they end with a sentence, and the job must be started again.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import tekfac_jax as tekfac
 from benchmarks.examples import problem
 
-LOST = 17  # exit code where another process was lost
+LOST = 17  # exit code if another process was lost
 
 
 def train(steps: int, directory: Path, save_every: int) -> tuple[Any, float]:
@@ -63,7 +62,9 @@ def train(steps: int, directory: Path, save_every: int) -> tuple[Any, float]:
 
 def main(argv: list[str] | None = None) -> None:
     """One process of the job."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.examples.processes", description=__doc__
+    )
     parser.add_argument("--processes", type=int, default=1, help="how many there are")
     parser.add_argument("--process", type=int, default=0, help="which of them this is, from 0")
     parser.add_argument("--coordinator", default="localhost:9876", help="address of process 0")
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         state, loss = train(options.steps, options.directory, options.save_every)
     except jax.errors.JaxRuntimeError as error:
-        # Whoever is left waits for the lost one in every collective: leave at once.
+        # Every collective would wait for the lost process: exit at once.
         print(
             f"process {options.process}: another process was lost ({str(error).splitlines()[0]}). "
             "Start the job again; it continues from the last checkpoint.",

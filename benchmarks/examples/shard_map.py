@@ -1,7 +1,7 @@
 """`shard_map`: ``python -m benchmarks.examples.shard_map``.
 
-Each device runs the step on its part of the batch. Gradients are averaged by hand, or, where
-`check_vma` lets JAX track what differs between devices, are summed by JAX itself.
+Each device runs the step on its part of the batch. Gradients are averaged by hand. With
+`check_vma`, by which JAX tracks what differs between devices, JAX sums them itself.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ AXIS = "data"
 
 
 def train(steps: int, devices: int | None = None, *, check_vma: bool = True) -> tuple[Any, float]:
-    """Trains on so many devices (None: all); returns the train state and the last loss."""
+    """Trains on `devices` devices (None: all); returns the train state and the last loss."""
     used = jax.devices()[:devices]
     mesh = jax.make_mesh((len(used),), (AXIS,), devices=used, axis_types=(AxisType.Auto,))
     whole, split = PartitionSpec(), PartitionSpec(AXIS)
@@ -28,7 +28,7 @@ def train(steps: int, devices: int | None = None, *, check_vma: bool = True) -> 
 
     def train_step(state: Any, images: Any, labels: Any) -> Any:
         (loss, batch_stats), grads, stats = grad_fn(state.params, state.batch_stats, images, labels)
-        if check_vma:  # the sum over devices, since every device's loss depends on the parameters
+        if check_vma:  # JAX has summed them: every device's loss depends on the parameters
             grads = jax.tree.map(lambda g: g / jax.lax.axis_size(AXIS), grads)
         else:
             grads = jax.lax.pmean(grads, AXIS)

@@ -1,7 +1,7 @@
 """`jit` and `NamedSharding`, the recommended way: ``python -m benchmarks.examples.sharded_jit``.
 
-One program for all devices. The batch is split over the mesh's axis, everything else is on every
-device; the step is written as for one device, and `mesh=` shares the curvature's work out.
+One program for all devices. The batch is split over the mesh's axis; everything else is on every
+device. The step is written as for one device, and `mesh=` divides the curvature's work.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from benchmarks.examples import problem
 
 
 def train(steps: int, devices: int | None = None) -> tuple[Any, float]:
-    """Trains on so many devices (None: all); returns the train state and the last loss."""
+    """Trains on `devices` devices (None: all); returns the train state and the last loss."""
     used = jax.devices()[:devices]
     mesh = jax.make_mesh((len(used),), ("data",), devices=used, axis_types=(AxisType.Auto,))
     split = NamedSharding(mesh, PartitionSpec("data"))

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.experiment import Entry
+from benchmarks.training.experiment import Entry
 
 # Section 4.1 of the paper.
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
@@ -53,8 +53,8 @@ def paper_entries() -> tuple[Entry, ...]:
 def tuned_entries(number: int) -> tuple[Entry, ...]:
     """All optimizers with their own defaults; the learning rate from a grid of `number` values.
 
-    The family of four is compared by its defaults and by the paper's rule for λ itself.
-    kfac-jax, whose damping has no default, takes 1e-3, and refreshes as TEKFAC does.
+    The family of four enters twice: with its defaults, and with the paper's own rule for λ.
+    kfac-jax, whose damping has no default, uses 1e-3 and refreshes as often as TEKFAC.
     """
     family = {"learning_rate": half_decades(1e-3, number)}
     adaptive = {"learning_rate": half_decades(1e-4, number)}
@@ -84,7 +84,7 @@ def intervals(interval: int) -> dict[str, Any]:
 
 
 def early_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
-    """TEKFAC with two dampings, each with refreshes every 50 steps, also early ones, every 10."""
+    """TEKFAC with two dampings, refreshed every 50 steps, every 50 and early, or every 10."""
 
     def entry(scale: float, label: str, **changed: Any) -> Entry:
         fixed = {"damping_scale": scale, **changed}
@@ -102,7 +102,7 @@ def early_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
 
 
 def default_entries(rates: tuple[float, ...]) -> tuple[Entry, ...]:
-    """TEKFAC by the paper's rule for λ, a part of it, shorter intervals, and both."""
+    """TEKFAC with the paper's λ, with parts of it, with shorter intervals, and with both."""
 
     def entry(label: str, scale: float, interval: int) -> Entry:
         fixed = {"damping_scale": scale, **intervals(interval)}

@@ -1,17 +1,17 @@
-"""What each part of TEKFAC is worth: one changed at a time, narrow ResNet8, CIFAR-10.
+"""What each part of TEKFAC is worth, changed one at a time: narrow ResNet8, CIFAR-10.
 
-The first entry has the paper's damping; each other one differs by what its name says, and has its
-learning rate from the same three values. Sampled labels cost a second forward and backward
-pass in every step here, more than they must: compare its epochs, not its seconds.
-On two CPU cores 35 s a run of four epochs, and a compilation for most entries: about 45 minutes.
+The first entry has the paper's damping. Each other one differs by what its name says, and takes its
+learning rate from the same three values. Sampled labels cost a second forward and backward pass in
+every step here, more than necessary: compare epochs for that entry, not seconds. A run of four
+epochs takes 35 s on two CPU cores, and most entries need a compilation: about 45 minutes in all.
 ``python -m benchmarks.paper ablation_cifar10 --data DIR``
 """
 
 from typing import Any
 
-from benchmarks.experiment import Entry, Experiment, TaskSpec
 from benchmarks.experiments._grids import intervals
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Entry, Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 
 def _entry(label: str, optimizer: str = "tekfac", **changed: Any) -> Entry:

@@ -1,12 +1,12 @@
 """Whether what helps a ResNet8 helps another network: damping and intervals on digits.
 
-A CNN without BatchNorm; a minute or two on two CPU cores.
+A CNN without BatchNorm. Takes a minute or two on two CPU cores.
 ``python -m benchmarks.paper defaults_digits``
 """
 
-from benchmarks.experiment import Experiment, TaskSpec
 from benchmarks.experiments._grids import default_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="damping and intervals of TEKFAC, small CNN, digits",

@@ -1,12 +1,12 @@
 """Whether what helps a ResNet8 helps another network: damping and intervals on a VGG-mini.
 
-A run of four epochs takes half a minute on two CPU cores: everything about ten minutes.
+A run of four epochs takes half a minute on two CPU cores: about ten minutes in all.
 ``python -m benchmarks.paper defaults_vggmini_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, TaskSpec
 from benchmarks.experiments._grids import default_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="damping and intervals of TEKFAC, VGG-mini, 10,000 images of CIFAR-10",

@@ -1,12 +1,12 @@
 """What refreshes in the first steps are worth in a short run: a small CNN on digits, 110 steps.
 
-About a minute on two CPU cores.
+Takes about a minute on two CPU cores.
 ``python -m benchmarks.paper early_digits``
 """
 
-from benchmarks.experiment import Experiment, Targets, TaskSpec
 from benchmarks.experiments._grids import early_entries, half_decades
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, Targets, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="early refreshes of TEKFAC, small CNN, digits",

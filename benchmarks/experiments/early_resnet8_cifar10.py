@@ -1,12 +1,12 @@
 """What refreshes in the first steps are worth: a narrow ResNet8 on CIFAR-10, 312 steps.
 
-On two CPU cores 35 s a run: about a quarter of an hour.
+A run takes 35 s on two CPU cores: about a quarter of an hour in all.
 ``python -m benchmarks.paper early_resnet8_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, TaskSpec
 from benchmarks.experiments._grids import early_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="early refreshes of TEKFAC, narrow ResNet8, 10,000 images of CIFAR-10",

@@ -1,14 +1,14 @@
 """All optimizers, tuned alike, on a small CNN and scikit-learn's digits; kfac-jax is one of them.
 
-Every one has its own defaults; only the learning rate is tuned, over three decades. A run takes a
-few seconds: everything about ten minutes on two CPU cores. kfac-jax wants an environment of its
-own, see `benchmarks.kfac_jax_trainer`.
+Each one has its own defaults; only the learning rate is tuned, over three decades. A run takes a
+few seconds: about ten minutes in all on two CPU cores. kfac-jax needs an environment of its own,
+see `benchmarks.training.kfac_jax_trainer`.
 ``python -m benchmarks.paper reading_digits``
 """
 
-from benchmarks.experiment import Experiment, Targets, TaskSpec
 from benchmarks.experiments._grids import tuned_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, Targets, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="small CNN on digits, every optimizer tuned",

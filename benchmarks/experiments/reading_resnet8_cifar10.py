@@ -1,15 +1,14 @@
 """All optimizers, tuned alike, on a narrow ResNet8 and 10,000 images of CIFAR-10.
 
-Every one has its own defaults; only the learning rate is tuned, over three decades.
-A step takes about 85 ms on two CPU cores, a run of eight epochs with its evaluation 65 s:
-everything, if nothing else is at work, about an hour. kfac-jax wants an environment of its own,
-see `benchmarks.kfac_jax_trainer`.
+Each one has its own defaults; only the learning rate is tuned, over three decades. On two idle CPU
+cores a step takes about 85 ms, and a run of eight epochs with its evaluation 65 s: about an hour in
+all. kfac-jax needs an environment of its own, see `benchmarks.training.kfac_jax_trainer`.
 ``python -m benchmarks.paper reading_resnet8_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Targets, TaskSpec
 from benchmarks.experiments._grids import tuned_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, Targets, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="narrow ResNet8 on 10,000 images of CIFAR-10, every optimizer tuned",

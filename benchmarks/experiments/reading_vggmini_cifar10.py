@@ -1,15 +1,14 @@
 """All optimizers, tuned alike, on VGG-mini and 10,000 images of CIFAR-10.
 
-Every one has its own defaults; only the learning rate is tuned, over three decades.
-A step takes 70 to 85 ms on two CPU cores, a run of six epochs with its evaluation about 45 s:
-everything about 50 minutes. kfac-jax wants an environment of its own, see
-`benchmarks.kfac_jax_trainer`.
+Each one has its own defaults; only the learning rate is tuned, over three decades. On two CPU cores
+a step takes 70 to 85 ms, and a run of six epochs with its evaluation about 45 s: about 50 minutes
+in all. kfac-jax needs an environment of its own, see `benchmarks.training.kfac_jax_trainer`.
 ``python -m benchmarks.paper reading_vggmini_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Targets, TaskSpec
 from benchmarks.experiments._grids import tuned_entries
-from benchmarks.halving import Rung
+from benchmarks.training.experiment import Experiment, Targets, TaskSpec
+from benchmarks.training.halving import Rung
 
 EXPERIMENT = Experiment(
     title="VGG-mini on 10,000 images of CIFAR-10, every optimizer tuned",

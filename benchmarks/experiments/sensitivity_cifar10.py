@@ -1,12 +1,12 @@
 """Test accuracy over learning rate, ϑ and intervals for TEKFAC, beside Adam over learning rate.
 
-The paper's Figure 4 (a) and Table 4 and 5 in small: a narrow ResNet8 and 10,000 images.
-25 s a run on two CPU cores: a quarter of an hour.
+The paper's Figure 4 (a) and Tables 4 and 5 on a small scale: a narrow ResNet8 and 10,000 images. A
+run takes 25 s on two CPU cores: a quarter of an hour in all.
 ``python -m benchmarks.paper sensitivity_cifar10 --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, TaskSpec
 from benchmarks.experiments._grids import half_decades
+from benchmarks.training.experiment import Entry, Experiment, TaskSpec
 
 RATES = half_decades(1e-3, 7)
 SETTINGS = ((50, 1e-2), (50, 1e-4), (50, 1.0), (10, 1e-2))  # T, ϑ

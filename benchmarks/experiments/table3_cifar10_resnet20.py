@@ -1,17 +1,17 @@
 """Table 3 and Figure 3 of the paper: ResNet20 on CIFAR-10.
 
 100 epochs at batch 128, random crops and flips, learning rate × 0.1 every 40 epochs, three seeds.
-64, 128 and 256 channels, as in the code that the paper refers to (it does not state the
+64, 128 and 256 channels, as in the code that the paper refers to (the paper does not state the
 width). The paper's figures: TEKFAC 94.56, TKFAC 94.38, EKFAC 92.66, Adam 93.22, SGDM 92.79 %.
-Made for a GPU: a run is 100 × 390 steps, and there are 30 of them after a search of 28 epochs
-for each of ten optimizers (kfac-jax in an environment of its own).
+Meant for a GPU: a run takes 100 × 390 steps, and 30 of them follow a search of 28 epochs for each
+of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_cifar10_resnet20 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
 from benchmarks.experiments._grids import paper_entries
-from benchmarks.halving import Rung
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import Schedule
 
 EXPERIMENT = Experiment(
     title="Table 3, CIFAR-10, ResNet20",

@@ -2,15 +2,15 @@
 
 100 epochs at batch 128, random crops and flips, learning rate × 0.1 every 40 epochs, three seeds.
 The paper's figures: TEKFAC 93.35, TKFAC 92.83, EKFAC 92.67, Adam 92.21, SGDM 91.19 %.
-Made for a GPU: a run is 100 × 390 steps, and there are 30 of them after a search of 28 epochs
-for each of ten optimizers (kfac-jax in an environment of its own).
+Meant for a GPU: a run takes 100 × 390 steps, and 30 of them follow a search of 28 epochs for each
+of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_cifar10_vgg16 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
 from benchmarks.experiments._grids import paper_entries
-from benchmarks.halving import Rung
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import Schedule
 
 EXPERIMENT = Experiment(
     title="Table 3, CIFAR-10, VGG16",

@@ -1,17 +1,17 @@
 """Table 3 and Figure 3 of the paper: ResNet20 on SVHN.
 
 40 epochs at batch 128, no augmentation, learning rate × 0.1 every 20 epochs, three seeds.
-64, 128 and 256 channels, as in the code that the paper refers to (it does not state the
+64, 128 and 256 channels, as in the code that the paper refers to (the paper does not state the
 width). The paper's figures: TEKFAC 96.45, TKFAC 96.20, EKFAC 95.16, Adam 95.93, SGDM 95.78 %.
-Made for a GPU: a run is 40 × 572 steps, and there are 30 of them after a search of 28 epochs
-for each of ten optimizers (kfac-jax in an environment of its own).
+Meant for a GPU: a run takes 40 × 572 steps, and 30 of them follow a search of 28 epochs for each
+of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_svhn_resnet20 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
 from benchmarks.experiments._grids import paper_entries
-from benchmarks.halving import Rung
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import Schedule
 
 EXPERIMENT = Experiment(
     title="Table 3, SVHN, ResNet20",

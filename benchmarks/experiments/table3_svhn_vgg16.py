@@ -2,15 +2,15 @@
 
 40 epochs at batch 128, no augmentation, learning rate × 0.1 every 20 epochs, three seeds.
 The paper's figures: TEKFAC 95.93, TKFAC 95.75, EKFAC 95.87, Adam 95.80, SGDM 94.98 %.
-Made for a GPU: a run is 40 × 572 steps, and there are 30 of them after a search of 28 epochs
-for each of ten optimizers (kfac-jax in an environment of its own).
+Meant for a GPU: a run takes 40 × 572 steps, and 30 of them follow a search of 28 epochs for each
+of ten optimizers (kfac-jax in an environment of its own).
 ``python -m benchmarks.paper table3_svhn_vgg16 --data DIR``
 """
 
-from benchmarks.experiment import Experiment, Published, Targets, TaskSpec
 from benchmarks.experiments._grids import paper_entries
-from benchmarks.halving import Rung
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Experiment, Published, Targets, TaskSpec
+from benchmarks.training.halving import Rung
+from benchmarks.training.loop import Schedule
 
 EXPERIMENT = Experiment(
     title="Table 3, SVHN, VGG16",

@@ -2,13 +2,13 @@
 
 The paper's figures, for ϑ from 1e-4 to 100 in decades: 76.81, 76.65, 77.04, 76.71, 76.03, 74.74,
 73.68 %. The learning rate is 0.001. 100 epochs at batch 128, random crops and flips, learning rate
-× 0.1 every 40 epochs, three seeds. Made for a GPU: 21 runs of 39,000 steps, no search.
+× 0.1 every 40 epochs, three seeds. Meant for a GPU: 21 runs of 39,000 steps, no search.
 ``python -m benchmarks.paper table4_theta_floor --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, Published, TaskSpec
 from benchmarks.experiments._grids import PAPER
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Entry, Experiment, Published, TaskSpec
+from benchmarks.training.loop import Schedule
 
 VALUES = (1e-2, 1e-4, 1e-3, 1e-1, 1.0, 10.0, 100.0)
 FIXED = {**PAPER, "damping": "trace", "learning_rate": 1e-3}

@@ -2,13 +2,13 @@
 
 The paper's figures, for rates from 1e-4 to 0.1 in decades: 76.38, 77.04, 76.08, 72.47 %.
 ϑ is 0.01. 100 epochs at batch 128, random crops and flips, learning rate × 0.1 every 40
-epochs, three seeds. Made for a GPU: 12 runs of 39,000 steps, no search.
+epochs, three seeds. Meant for a GPU: 12 runs of 39,000 steps, no search.
 ``python -m benchmarks.paper table5_learning_rate --data DIR``
 """
 
-from benchmarks.experiment import Entry, Experiment, Published, TaskSpec
 from benchmarks.experiments._grids import PAPER
-from benchmarks.loop import Schedule
+from benchmarks.training.experiment import Entry, Experiment, Published, TaskSpec
+from benchmarks.training.loop import Schedule
 
 VALUES = (1e-3, 1e-4, 1e-2, 1e-1)
 FIXED = {**PAPER, "damping": "trace", "trace_floor": 1e-2}

@@ -2,3 +2,19 @@
 
 Imports no other folder.
 """
+
+import importlib
+
+
+def __getattr__(name: str) -> object:
+    """Types that pickles made before this folder existed look up in a module of its name."""
+    moved = {
+        "Layers": "spec.Layers",
+        "LayerSpec": "spec.LayerSpec",
+        "Capture": "statistics.Capture",
+        "Statistics": "statistics.Statistics",
+    }
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = moved[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

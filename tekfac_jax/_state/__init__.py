@@ -2,3 +2,19 @@
 
 Imports `_curvature` and `_layers`.
 """
+
+import importlib
+
+
+def __getattr__(name: str) -> object:
+    """Types that pickles made before this folder existed look up in a module of its name."""
+    moved = {
+        "LayerState": "layout.LayerState",
+        "Meaning": "layout.StateKind",
+        "ScaleByTekfacState": "layout.ScaleByTekfacState",
+        "ClipByKlState": "layout.ClipByKlState",
+    }
+    if name not in moved:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = moved[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)

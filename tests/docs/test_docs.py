@@ -168,6 +168,7 @@ def test_other_python_parses(name):
 
 
 def _tests_in(module: str) -> set[str]:
+    """Tests of a file, wherever below tests/ it is."""
     (path,) = (ROOT / "tests").rglob(f"{module}.py")
     tree = ast.parse(path.read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_data import binary_files, make_split, write_archive
+from tests.benchmarks.test_data import binary_files, make_split, write_archive
 
 nbformat: Any = pytest.importorskip("nbformat", reason='needs pip install -e ".[docs]"')
 

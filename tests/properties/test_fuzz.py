@@ -120,8 +120,8 @@ ALLOWED = {
     "basis_rank": lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
 }
 MAY_BE_NONE = {
-    "statistics_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh", "mesh_axis",
-    "factor_dtype", "momentum", "kl_clip", "fallback",
+    "statistics_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh",
+    "mesh_axis", "factor_dtype", "momentum", "kl_clip", "fallback",
 }  # fmt: skip
 OF_READY = ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback")
 

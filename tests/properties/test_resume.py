@@ -22,6 +22,7 @@ from tests.properties.resuming import STEPS, Run
 
 of_orbax = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 VERSION_0 = Path(__file__).parent / "state_version_0.msgpack"
+BEFORE_THE_FOLDERS = Path(__file__).parent / "state_version_1.pickle"  # after three steps of `Run`
 
 
 def on_host(tree):
@@ -396,3 +397,28 @@ def test_a_train_state_is_restored_as_a_whole():
 def test_steps_of_an_interval():
     """All steps between two at which everything is due are among those resumed from."""
     assert int(np.lcm.reduce(list(resuming.INTERVALS.values()))) == STEPS
+
+
+@pytest.mark.parametrize("how", ["as it is", "restore_state"])
+def test_a_pickle_made_before_the_folders_goes_on(how):
+    """It names our types by modules that are folders today."""
+    saved = pickle.loads(BEFORE_THE_FOLDERS.read_bytes())
+    run = Run()
+    assert saved["layers"] == run.layers
+    saved_params, opt_state = jax.tree.map(jnp.asarray, (saved["params"], saved["opt_state"]))
+    if how == "restore_state":
+        opt_state = tekfac.restore_state(opt_state, run.tx.init(run.params))
+    assert tekfac.check_state(opt_state, run.layers, run.tx.init(run.params)) == ""
+    after = run.go_on(*run.start(), 0, 3)  # what it was saved after
+    *_, (_, expected) = after
+    found, expected = map(tekfac.diagnostics, (opt_state, expected))
+    for name, value in expected.items():
+        if name.endswith(("/trace", "/damping")):  # the same whichever basis `eigh` finds
+            np.testing.assert_allclose(found[name], value, rtol=1e-3)
+    *_, (params, _) = run.go_on(saved_params, opt_state, 3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_a_type_that_never_was_says_so():
+    with pytest.raises(AttributeError, match="attribute 'Share'"):
+        pickle.loads(b"ctekfac_jax._state\nShare\n.")

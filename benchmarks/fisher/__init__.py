@@ -1,0 +1,4 @@
+"""Exact Fisher blocks, and the errors of their approximations.
+
+Modules here may import `errors`.
+"""

@@ -1,0 +1,4 @@
+"""Tables, curves and JSON files of finished runs, and reading them back.
+
+Modules here may import `training` and `errors`.
+"""
