@@ -174,13 +174,15 @@ def _tests_in(module: str) -> set[str]:
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
-_NAMES = sorted(set(re.findall(r"`(_\w+\.\w+)\.(\w+)`", page("method.md"))))
+_NAMES = sorted(
+    {found for name in PAGES for found in re.findall(r"`(_\w+\.\w+)\.(\w+)`", page(name))}
+)
 _TESTS = sorted(
     {found for name in PAGES for found in re.findall(r"`(test_\w+)\.(test_\w+)`", page(name))}
 )
 
 
-def test_functions_of_the_method_exist():
+def test_functions_that_are_named_exist():
     assert len(_NAMES) > 40
     for module, name in _NAMES:
         assert hasattr(importlib.import_module(f"tekfac_jax.{module}"), name), f"{module}.{name}"
