@@ -43,11 +43,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def section(results: Results, directory: Path) -> str:
     """Heading, table, figure and notes of an experiment, as Markdown."""
-    draw_and_tabulate = {"comparison": comparison, "sweep": sweep, "ablation": ablation}
     described = results.description
     stem = directory / results.name
-    table = draw_and_tabulate[described["view"]](results, stem.with_suffix(".png"))
-    parts = [f"## {described['title']}", table]
+    draw(results, stem.with_suffix(".png"))
+    parts = [f"## {described['title']}", *tables(results)]
     for image in (stem.with_suffix(".png"), _curves_beside(stem)):
         if image.exists():
             parts.append(f"![{described['title']}]({image.name})")
@@ -62,61 +61,71 @@ def _curves_beside(image: Path) -> Path:
 # --- tables ----------------------------------------------------------------------------------
 
 
+def tables(results: Results) -> list[str]:
+    """Its tables, each narrow enough for a page of about 100 characters."""
+    tabulate = {"comparison": comparison, "sweep": sweep, "ablation": ablation}
+    return tabulate[results.description["view"]](results)
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; its first column is aligned left, the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def comparison(results: Results, image: Path) -> str:
-    """Optimizers side by side, with published figures if there are any."""
+def comparison(results: Results) -> list[str]:
+    """Optimizers side by side, with published figures if there are any.
+
+    One table in epochs and one in seconds.
+    """
+    outcomes = results.outcomes
     targets = {name: x for name, x in results.description["targets"].items() if x is not None}
     published = (results.description["published"] or {}).get("accuracy", {})
-    header = ["", "chosen", "train loss", "test accuracy %", *(["paper %"] if published else [])]
-    for name, target in targets.items():
-        what = f"{100 * target:g} %" if name == "test_accuracy" else f"loss {target:g}"
-        header += [f"epochs to {what}", f"seconds to {what}"]
-    first = results.outcomes[0]
-    header += [f"{first.label} takes of its {unit}" for unit in ("epochs", "seconds")]
-    header += ["seconds", "median ms/step", "mean ms/step"]
-    rows = []
-    for outcome in results.outcomes:
-        row = [outcome.label, _chosen(outcome), *_final(outcome)]
-        if published:
-            row.append(_published(published.get(outcome.label)))
-        for name, target in targets.items():
-            row.append(_mean(outcome.first(name, target, "epoch"), "{:.1f}"))
-            row.append(_mean(outcome.first(name, target, "seconds"), "{:.1f}"))
-        for unit in ("epoch", "seconds"):
-            shown = _mean(first.share_of(outcome, unit), "{:.2f}")
-            row.append(_DASH if outcome is first else shown)
-        rows.append([*row, *_times(outcome)])
-    _save_curves(results, image)
-    return markdown(header, rows)
+    to_targets = [
+        f"to {100 * target:g} %" if name == "test_accuracy" else f"to loss {target:g}"
+        for name, target in targets.items()
+    ]
+
+    def reached(outcome: Outcome, unit: str) -> list[str]:
+        found = [_mean(outcome.first(name, x, unit), "{:.1f}") for name, x in targets.items()]
+        if outcome is outcomes[0]:
+            return [*found, _DASH]
+        return [*found, _mean(outcomes[0].share_of(outcome, unit), "{:.2f}")]
+
+    chosen, settings = _chosen(outcomes)
+    in_epochs, in_seconds = [], []
+    for outcome, setting in zip(outcomes, settings, strict=True):
+        paper = [_published(published.get(outcome.label))] if published else []
+        final = [outcome.label, setting, *_final(outcome), *paper]
+        in_epochs.append([*final, *reached(outcome, "epoch")])
+        seconds, steps = _times(outcome)
+        in_seconds.append([outcome.label, seconds, *reached(outcome, "seconds"), steps])
+    paper = ["paper %"] if published else []
+    header = ["epochs", chosen, "train loss", "accuracy %", *paper, *to_targets, "share"]
+    return [
+        markdown(header, in_epochs),
+        markdown(["seconds", "in all", *to_targets, "share", "ms/step"], in_seconds),
+    ]
 
 
-def ablation(results: Results, image: Path) -> str:
+def ablation(results: Results) -> list[str]:
     """Every entry beside the first one."""
     base = results.outcomes[0].mean_accuracy()
-    header = ("", "chosen", "train loss", "test accuracy %", "difference", "seconds",
-              "median ms/step", "mean ms/step")  # fmt: skip
+    chosen, settings = _chosen(results.outcomes)
+    header = ("", chosen, "train loss", "accuracy %", "change", "seconds", "ms/step")
     rows = []
-    for outcome in results.outcomes:
-        difference = outcome.mean_accuracy() - base
-        shown = f"{difference:+.2f}" if math.isfinite(difference) else _DASH
-        row = [outcome.label, _chosen(outcome), *_final(outcome), shown, *_times(outcome)]
-        rows.append(row)
-    _save_bars(results, image)
-    return markdown(header, rows)
+    for outcome, setting in zip(results.outcomes, settings, strict=True):
+        change = outcome.mean_accuracy() - base
+        shown = f"{change:+.2f}" if math.isfinite(change) else _DASH
+        rows.append([outcome.label, setting, *_final(outcome), shown, *_times(outcome)])
+    return [markdown(header, rows)]
 
 
-def sweep(results: Results, image: Path) -> str:
+def sweep(results: Results) -> list[str]:
     """Test accuracy over one setting, a row for each combination of the others."""
-    axis, *others = results.description["axes"]
+    axis, groups, values = _swept(results)
     published = (results.description["published"] or {}).get("accuracy", {})
-    groups = sweep_groups(results.outcomes, axis, others)
-    values = sorted({value for group in groups.values() for value in group})
-    header = ["test accuracy %", *(f"{axis} {value:g}" for value in values), "plateau, decades"]
+    header = [f"accuracy % by {axis}", *(f"{value:g}" for value in values), "plateau"]
     rows = []
     for label, group in groups.items():
         cells = [_mean(group[v].accuracies, "{:.2f}") if v in group else _DASH for v in values]
@@ -125,10 +134,14 @@ def sweep(results: Results, image: Path) -> str:
         if published:
             by_value = {v: published.get(group[v].label) for v in group}
             rows.append(["paper", *(_published(by_value.get(v)) for v in values), ""])
-    _save_sweep(groups, values, axis, image, results)
-    if len(groups) == 1:
-        _save_curves(results, _curves_beside(image))
-    return markdown(header, rows)
+    return [markdown(header, rows)]
+
+
+def _swept(results: Results) -> tuple[str, dict[str, dict[float, Outcome]], list[float]]:
+    """The setting that varies, the rows of its table, and its values."""
+    axis, *others = results.description["axes"]
+    groups = sweep_groups(results.outcomes, axis, others)
+    return axis, groups, sorted({value for group in groups.values() for value in group})
 
 
 def sweep_groups(
@@ -179,13 +192,14 @@ def notes(results: Results) -> list[str]:
     found = [
         f"`python -m benchmarks.paper {described['name']}`; {described['epochs']} epochs, "
         f"{seeds} seeds; mean ± standard deviation over the seeds. Seconds are those of the "
-        "training steps, without compilation and evaluation; train loss is that of the trained "
-        "network, a loss to be reached the mean over the steps of an epoch."
+        "training steps, without compilation and evaluation; ms/step: median, mean; train loss is "
+        "that of the trained network, a loss to be reached the mean over the steps of an epoch; "
+        "accuracy is that on test images."
     ]
     if described["view"] == "comparison":
         found.append(
-            f"{outcomes[0].label} takes of its epochs, seconds: what it needs to reach the other's "
-            "least training loss in any epoch, as a share of what the other needs"
+            f"share: the epochs, seconds that {outcomes[0].label} needs to reach the other's least "
+            "training loss in any epoch, as a share of what the other needs"
         )
     missing = [o.label for o in outcomes if len(o.records) < seeds]
     if missing:
@@ -231,11 +245,16 @@ def _machines(outcomes: Sequence[Outcome]) -> list[str]:
     )
 
 
-def _chosen(outcome: Outcome) -> str:
-    if outcome.settings is None:
-        return _DASH
-    names = [name for name in outcome.settings if name in outcome.grid] or ["learning_rate"]
-    return ", ".join(f"{name} {_number(outcome.settings.get(name))}" for name in names)
+def _chosen(outcomes: Sequence[Outcome]) -> tuple[str, list[str]]:
+    """Header and cells of the settings that were searched: "rate" if only the learning rate was."""
+    names = [[x for x in o.settings or {} if x in o.grid] or ["learning_rate"] for o in outcomes]
+    only_rates = all(searched == ["learning_rate"] for searched in names)
+    cells = []
+    for outcome, searched in zip(outcomes, names, strict=True):
+        shown = [(name, _number((outcome.settings or {}).get(name))) for name in searched]
+        text = ", ".join(value if only_rates else f"{name} {value}" for name, value in shown)
+        cells.append(_DASH if outcome.settings is None else text)
+    return "rate" if only_rates else "chosen", cells
 
 
 def _number(value: Any) -> str:
@@ -250,13 +269,13 @@ def _final(outcome: Outcome) -> list[str]:
 
 
 def _times(outcome: Outcome) -> list[str]:
+    """Seconds in all; median and mean milliseconds of a step."""
     if not outcome.records:
-        return [_DASH] * 3
+        return [_DASH] * 2
     seconds = [r["curve"][-1]["seconds"] if r["curve"] else math.nan for r in outcome.records]
     return [
         _mean(seconds, "{:.1f}"),
-        f"{outcome.median('median_step_ms'):.1f}",
-        f"{outcome.median('mean_step_ms'):.1f}",
+        f"{outcome.median('median_step_ms'):.1f}, {outcome.median('mean_step_ms'):.1f}",
     ]
 
 
@@ -270,6 +289,20 @@ def _mean(values: Sequence[float], form: str, *, spread: bool = True) -> str:
 
 
 # --- figures ---------------------------------------------------------------------------------
+
+
+def draw(results: Results, image: Path) -> None:
+    """What suits the experiment: curves, a dot for each seed, or accuracy over a setting."""
+    view = results.description["view"]
+    if view == "comparison":
+        _save_curves(results, image)
+    elif view == "ablation":
+        _save_bars(results, image)
+    else:
+        axis, groups, values = _swept(results)
+        _save_sweep(groups, values, axis, image, results)
+        if len(groups) == 1:
+            _save_curves(results, _curves_beside(image))
 
 
 def _save_curves(results: Results, image: Path) -> None:

@@ -22,13 +22,13 @@ class Docstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """Called when everything is loaded: spells out what the code gives to `inspect` only."""
-        bare = pkg["_transform.scale_by_tekfac"].parameters
-        ready = pkg["_optimizers.tekfac"].parameters
+        bare = pkg["_optimizer.transforms.scale_by_tekfac"].parameters
+        ready = pkg["_optimizer.ready.tekfac"].parameters
         own = [p for p in ready if p.kind is not griffe.ParameterKind.var_keyword]
         known = {p.name for p in own}
         options = [
             p for p in bare if p.kind is griffe.ParameterKind.keyword_only and p.name not in known
         ]
         for name in _SIBLINGS:
-            pkg[f"_transform.scale_by_{name}"].parameters = bare
-            pkg[f"_optimizers.{name}"].parameters = griffe.Parameters(*own, *options)
+            pkg[f"_optimizer.transforms.scale_by_{name}"].parameters = bare
+            pkg[f"_optimizer.ready.{name}"].parameters = griffe.Parameters(*own, *options)

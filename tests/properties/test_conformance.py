@@ -277,7 +277,7 @@ def test_multi_steps_accumulates(name):
 
 @pytest.mark.parametrize("micro_steps", [None, 3])
 def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
-    """What it costs, as the README says: the eigen work of a step on each of its micro-steps."""
+    """What it costs, as the docs say: the eigen work of a step on each of its micro-steps."""
     done: list[int] = []
 
     def counting(factor, mine):
