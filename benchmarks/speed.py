@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         help="which bases are timed: all, auto, a number, a share (default: all,auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--rescaling-examples", type=int, help="take the curvature from this many examples"
+        "--statistics-examples", type=int, help="take the curvature from this many examples"
     )
     parser.add_argument(
         "--spikes", type=int, default=0, metavar="ROUNDS",
@@ -83,9 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         names = options.models.split(",")
         for name in names:
             check_choice("model", name, tuple(MODELS))
-        examples = 1 if options.rescaling_examples is None else options.rescaling_examples
+        examples = 1 if options.statistics_examples is None else options.statistics_examples
         if min(options.batch_size, options.rounds, examples) < 1:
-            raise UsageError("--batch-size, --rounds and --rescaling-examples must be 1 or more")
+            raise UsageError("--batch-size, --rounds and --statistics-examples must be 1 or more")
         if options.spikes < 0:
             raise UsageError(f"--spikes must be 0 or more, got {options.spikes}")
         if options.peak_tflops is not None and not options.peak_tflops > 0:
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     except (UsageError, argparse.ArgumentTypeError, OSError) as error:
         exit_with(UsageError(str(error)), "speed")
     curvatures = {
-        text: INTERVALS._replace(basis_rank=rank, rescaling_examples=options.rescaling_examples)
+        text: INTERVALS._replace(basis_rank=rank, statistics_examples=options.statistics_examples)
         for text, rank in ranks.items()
     }
     results = {
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         "settings": {
             "batch_size": options.batch_size,
             "rounds": options.rounds,
-            "rescaling_examples": options.rescaling_examples,
+            "statistics_examples": options.statistics_examples,
             "peak_tflops": peak,
             "tekfac_jax": tekfac_jax.__version__,
             **settings(),

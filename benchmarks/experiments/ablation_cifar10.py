@@ -38,7 +38,7 @@ EXPERIMENT = Experiment(
         _entry("basis rank auto", basis_rank="auto"),
         _entry("no momentum", momentum=0.0),
         _entry("momentum first", "tekfac-momentum-first"),
-        _entry("32 examples", rescaling_examples=32),
+        _entry("32 examples", statistics_examples=32),
         _entry("no transport", "tekfac-without-transport"),
     ),
     epochs=4,

@@ -114,7 +114,7 @@ class Curvature(NamedTuple):
     damping: Any = "auto"
     stagger: bool = False
     basis_rank: Any = None
-    rescaling_examples: int | None = None
+    statistics_examples: int | None = None
     damping_scale: float | None = None
 
 
