@@ -136,3 +136,22 @@ def mlp_case():
     model, x = Net(mlp), randn(6, 4)
     params = random_params(model, x)
     return lambda params, x: losses_of(model.apply({"params": params}, x)).mean(), params, x
+
+
+def simple_case():
+    """The same, and its layers."""
+    loss, params, x = mlp_case()
+    return loss, params, x, tekfac.find_layers(loss, params, x)
+
+
+def attention_case():
+    """A loss with two blocks of self-attention, its parameters and a batch of six."""
+
+    def build(x):
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        return nn.Dense(3)(x)
+
+    model, x = Net(build), randn(6, 3, 4)
+    params = random_params(model, x)
+    return lambda params, x: losses_of(model.apply({"params": params}, x)).mean(), params, x

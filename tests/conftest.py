@@ -65,6 +65,13 @@ def x64():
 
 
 @pytest.fixture
+def standard_promotion():
+    """Implicit promotion: optax itself mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64_standard(x64):
     """Float64, but with implicit promotion: Flax's normalisations need it."""
     with jax.numpy_dtype_promotion("standard"):

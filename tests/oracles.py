@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import tekfac_jax as tekfac
 
@@ -89,6 +90,7 @@ _CASES = {
 }
 CASE_NAMES = tuple(_CASES)
 SINGLE_POSITION = ("dense", "dense no bias")
+every_case = pytest.mark.parametrize("name", CASE_NAMES)
 
 
 @functools.cache
@@ -148,6 +150,10 @@ SCALE_BY: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "ekfac": tekfac.scale_by_ekfac,
     "kfac": tekfac.scale_by_kfac,
 }
+every_sibling = pytest.mark.parametrize("sibling", SCALE_BY)
+
+# Standard errors of a Monte-Carlo mean that are taken as agreement.
+MONTE_CARLO_SIGMAS = 5.0
 
 
 def one_update(case: Case, name: str = "tekfac", grads: Any = None, stats: Any = None, **options):
@@ -167,6 +173,20 @@ def curvature_of(name: str, sibling: str = "tekfac", **options) -> tekfac.Curvat
     case = make_case(name)
     found = tekfac.curvature(one_update(case, sibling, **options)[1])[case.path]
     return jax.tree.map(np.asarray, found)
+
+
+def dense_statistics(a, u):
+    """A bare dense layer without bias, with statistics made by hand (T = 1)."""
+    model = nn.Dense(u.shape[1], use_bias=False, param_dtype=jnp.float64)
+    x = jnp.asarray(a)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params}, x))
+
+    layers = tekfac.find_layers(loss, params, x)
+    stats = tekfac.Statistics({"~": (tekfac.Capture(x, jnp.asarray(u)),)}, jnp.float64(1))
+    return params, layers, stats
 
 
 def relative(actual: Any, expected: Any) -> float:

@@ -4,10 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tekfac_jax as tekfac
+from tekfac_jax._curvature.chunks import sum_over_examples
+from tekfac_jax._curvature.dense import exact_factors
 from tekfac_jax._layers.matrices import to_matrices
+from tests import oracles
 from tests.capturing import (
     EXACT,
     Net,
@@ -18,6 +22,7 @@ from tests.capturing import (
     relative_error,
     x64,
 )
+from tests.oracles import MONTE_CARLO_SIGMAS, every_case, make_case, relative
 
 
 class Fixed(NamedTuple):
@@ -189,3 +194,64 @@ def test_fisher_stats_errors():
         tekfac.fisher_stats(predict, params, likelihood=tekfac.Bernoulli())(
             params, x, key=jax.random.key(0)
         )
+
+
+# --- the generalized Gauss-Newton matrix ---------------------------------------------------------
+
+
+def _generalized_gauss_newton(case):
+    """E[Jᵀ H J] of the case's layer, H the Hessian of the loss at the outputs."""
+    jacobian = jax.jacobian(case.outputs)(case.params, case.x)[case.path]
+    outputs = case.outputs(case.params, case.x)
+    n, k = len(case.x), outputs.shape[-1]
+    names = ["kernel", "bias"] if "bias" in jacobian else ["kernel"]
+    parts = [np.asarray(jacobian[name]).reshape(n, outputs[0].size // k, k, -1) for name in names]
+    j = np.concatenate(parts, axis=-1)
+    p = np.asarray(jax.nn.softmax(outputs)).reshape(n, -1, k)
+    h = np.einsum("ntk,kl->ntkl", p, np.eye(k)) - np.einsum("ntk,ntl->ntkl", p, p)
+    return np.einsum("ntkp,ntkl,ntlq->pq", j, h, j) / n
+
+
+@pytest.mark.slow
+@x64
+@every_case
+def test_exact_fisher_is_the_generalized_gauss_newton_matrix(name):
+    case = make_case(name)
+    layers = case.layers()
+    stats_fn = tekfac.fisher_stats(
+        case.outputs, layers, likelihood=tekfac.Categorical(), estimator="exact"
+    )
+    grads, _ = case.grads_and_stats(layers)
+    _, state = oracles.one_update(case, "tekfac", grads, stats_fn(case.params, case.x))
+    c = tekfac.curvature(state)[case.path]
+    f = _generalized_gauss_newton(case)
+    q = np.kron(c.q_phi, c.q_psi)
+    assert relative(c.theta.ravel(), np.diag(q.T @ f @ q)) <= 1e-10
+    phi, psi = oracles.partial_traces(f, *c.theta.shape)
+    assert relative(c.phi, phi / np.trace(f)) <= 1e-10
+    assert relative(c.psi, psi / np.trace(f)) <= 1e-10
+
+
+@pytest.mark.slow
+@x64
+@pytest.mark.parametrize("name", ["dense", "dense positions", "conv strided"])
+def test_sampled_fisher_tends_to_the_generalized_gauss_newton_matrix(name):
+    case, draws = make_case(name), 2000
+    layers = case.layers()
+    spec = layers[case.path]
+    stats_fn = tekfac.fisher_stats(case.outputs, layers, likelihood=tekfac.Categorical())
+
+    def squared_norm(key):
+        stats = stats_fn(case.params, case.x, key=key)
+        total = sum_over_examples(
+            exact_factors, spec, stats.layers[case.path], stats.scale, jnp.float64
+        )
+        return jnp.diagonal(total.psi) / len(case.x)
+
+    samples = np.asarray(
+        jax.lax.map(jax.jit(squared_norm), jax.random.split(jax.random.key(0), draws))
+    )
+    f = _generalized_gauss_newton(case)
+    _, psi = oracles.partial_traces(f, spec.in_dim, spec.out_dim)
+    error = np.abs(samples.mean(axis=0) - np.diag(psi))
+    assert np.all(error <= MONTE_CARLO_SIGMAS * samples.std(axis=0) / np.sqrt(draws))

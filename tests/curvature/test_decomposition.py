@@ -21,8 +21,8 @@ from tekfac_jax._curvature.decomposition import (
 )
 from tests import oracles
 from tests.capturing import x64
-from tests.devices.test_sharing import Network, assert_same, mesh_of, needs_devices
 from tests.oracles import make_case, one_update, relative
+from tests.sharing import Network, assert_same, mesh_of, needs_devices
 
 TRUE = jnp.array(True)
 dims = st.sampled_from([3, 7, 12, 24])  # few shapes: each is a compilation

@@ -15,8 +15,8 @@ from tekfac_jax._curvature.dense import squared_norms
 from tekfac_jax._curvature.eigenbasis import outside, precondition, rotate, transport
 from tests import oracles
 from tests.capturing import Net, losses_of, random_params, relative_error, x64, x64_standard
-from tests.devices.test_sharing import Network, assert_same, mesh_of, needs_devices
 from tests.oracles import CASE_NAMES, SCALE_BY, make_case, per_example_matrices, relative
+from tests.sharing import Network, assert_same, mesh_of, needs_devices
 
 EXACT = 1e-12
 sizes = st.integers(1, 7)

@@ -21,7 +21,7 @@ import tekfac_jax.nnx
 import tekfac_jax.plot
 from tekfac_jax._optimizer import schedule
 from tests import snippets
-from tests.capture.test_errors import simple_case
+from tests.capturing import simple_case
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"

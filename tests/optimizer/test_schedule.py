@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import tekfac_jax as tekfac
 from tekfac_jax._optimizer.schedule import _costs, offsets
 from tests.capturing import EXACT, Net, losses_of, randn, random_params, relative_error, x64
-from tests.devices.test_sharing import Network, layers_of, mesh_of, needs_devices
 from tests.oracles import SCALE_BY
+from tests.sharing import Network, layers_of, mesh_of, needs_devices
 
 INTERVALS = {"factor_interval": 3, "eigenbasis_interval": 6, "rescaling_interval": 3}
 

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from tests.capture.test_errors import simple_case
+from tests.capturing import simple_case
 
 PACKAGE = pathlib.Path(tekfac.__file__).parent
 USERS = (pathlib.Path(__file__).parent.parent, pathlib.Path(nn.__file__).parent)

@@ -1,148 +1,41 @@
-"""Every public transform does what optax, Flax and orbax expect of one, and fails gracefully."""
+"""Every public transform does what optax and Flax expect of one, and fails gracefully."""
 
-import functools
-import inspect
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
 
 import tekfac_jax as tekfac
 from tekfac_jax._curvature.decomposition import eigenvectors
 from tekfac_jax._optimizer import refresh
-from tekfac_jax._state import recognise
+from tests.conforming import (
+    FACTORIES,
+    FACTORS,
+    INTERVALS,
+    LEARNING_RATE,
+    OPTIONS,
+    READY,
+    SCALE_BY,
+    Runner,
+    assert_close,
+    assert_same,
+    case,
+    every_scale_by,
+    every_transform,
+    first_batches,
+    make,
+    our_state,
+    reference,
+    runner,
+    standard_promotion,
+    types,
+)
 
-LEARNING_RATE = 0.05
-ROUNDING = 2e-4  # relative, float32, between two programs that compute the same
-STEPS = 3
-
-SCALE_BY = {
-    "scale_by_tekfac": tekfac.scale_by_tekfac,
-    "scale_by_tkfac": tekfac.scale_by_tkfac,
-    "scale_by_ekfac": tekfac.scale_by_ekfac,
-    "scale_by_kfac": tekfac.scale_by_kfac,
-}
-READY = {
-    name: functools.partial(getattr(tekfac, name), LEARNING_RATE)
-    for name in ("tekfac", "tkfac", "ekfac", "kfac")
-}
-FACTORIES = {**SCALE_BY, **READY}
-OPTIONS = {
-    "factor_interval": 2,
-    "eigenbasis_interval": 1,
-    "rescaling_interval": 2,
-    "damping": 0.1,  # so that rounding errors stay small in float32
-}
-INTERVALS = tuple(name for name in OPTIONS if name.endswith("_interval"))
-FACTORS = ("phi", "psi", "q_phi", "q_psi")
-
-every_transform = pytest.mark.parametrize("name", FACTORIES)
-every_scale_by = pytest.mark.parametrize("name", SCALE_BY)
-every_ready = pytest.mark.parametrize("name", READY)
-
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    """Optax itself mixes dtypes; `test_strict_promotion` is about ours."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(4, name="first")(x)
-        x = nn.LayerNorm(name="norm")(x)
-        return nn.Dense(2, name="last", use_bias=False)(jnp.tanh(x))
-
-
-class Case:
-    """A network, its layers, and the gradient and statistics of one batch for each step."""
-
-    def __init__(self):
-        self.model = Model()
-        xs = jax.random.normal(jax.random.key(0), (8, 6, 3), jnp.float32)
-        self.params = self.model.init(jax.random.key(1), xs[0])["params"]
-        self.layers = tekfac.find_layers(self.loss, self.params, xs[0])
-        step = jax.jit(tekfac.value_grad_and_stats(self.loss, self.layers))
-        self.batches = [step(self.params, x)[1:] for x in xs]
-
-    def loss(self, params, x):
-        outputs = self.model.apply({"params": params}, x)
-        return jnp.mean(jnp.sum((outputs - 1) ** 2, axis=-1))
-
-
-@functools.cache
-def case() -> Case:
-    return Case()
-
-
-def make(name, **options):
-    return FACTORIES[name](case().layers, **{**OPTIONS, **options})
-
-
-class Runner:
-    """A transform whose update is compiled once; counts its traces."""
-
-    def __init__(self, tx):
-        self.init, self.traces = tx.init, 0
-
-        def update(grads, state, params, stats):
-            self.traces += 1
-            return tx.update(grads, state, params, stats=stats, loss=1.0, unknown=None)
-
-        self.update = jax.jit(update)
-
-    def run(self, batches, state=None):
-        """The updates of some steps, and the last state."""
-        params = case().params
-        state = self.init(params) if state is None else state
-        all_updates = []
-        for grads, stats in batches:
-            updates, state = self.update(grads, state, params, stats)
-            all_updates.append(updates)
-        return all_updates, state
-
-
-@functools.cache
-def runner(name, **options) -> Runner:
-    return Runner(make(name, **options))
-
-
-def first_batches(steps=STEPS):
-    return case().batches[:steps]
-
-
-@functools.cache
-def reference(name):
-    return runner(name).run(first_batches())
-
-
-def assert_close(actual, expected):
-    def check(a, b):
-        scale = float(np.abs(b).max())
-        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * scale)
-
-    jax.tree.map(check, actual, expected)
-
-
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def types(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
-
-
-def our_state(opt_state) -> tekfac.ScaleByTekfacState:
-    (found,) = recognise.search(opt_state, tekfac.ScaleByTekfacState)
-    return found
+pytestmark = standard_promotion
 
 
 # --- optax ---------------------------------------------------------------------------------------
@@ -446,116 +339,6 @@ def test_init_needs_no_parameters(name):
         if name in READY and isinstance(placeholder, dict) and placeholder:
             continue  # momentum wants arrays, as optax.trace does
         assert_same(our_state(tx.init(placeholder)), our_state(expected))
-
-
-@every_transform
-def test_flax_serialization(name):
-    state = reference(name)[1]
-    state_dict = jax.tree.map(np.asarray, serialization.to_state_dict(state))
-    restored = serialization.from_state_dict(make(name).init(case().params), state_dict)
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert_same(restored, state)
-    as_bytes = serialization.to_bytes(state)
-    assert_same(serialization.from_bytes(make(name).init(case().params), as_bytes), state)
-
-
-@every_transform
-@pytest.mark.filterwarnings("ignore")
-def test_orbax(name, tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    state = reference(name)[1]
-    with checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        target = jax.eval_shape(make(name).init, case().params)
-        restored = checkpointer.restore(tmp_path / "state", target)
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert_same(restored, state)
-    assert types(restored) == types(state)
-    assert tekfac.check_state(restored, case().layers) == ""
-
-
-def test_shape_comments_are_true():
-    """The comments in `LayerState` and `ScaleByTekfacState` against real shapes."""
-    (_, state) = reference("scale_by_tekfac")
-    state = our_state(state)
-    for path, spec in case().layers.items():
-        dims = {"i": spec.in_dim, "o": spec.out_dim}
-        for node in (state.layers[path], state, state.meaning):
-            comments = re.findall(
-                r"^    (\w+): (?:jax\.Array|Any)(?: = None)?  #.*?\(([io\d, ]*)\)",
-                inspect.getsource(type(node)),
-                re.M,
-            )
-            arrays = [f for f, t in type(node).__annotations__.items() if t in (jax.Array, Any)]
-            assert [field for field, _ in comments] == arrays
-            for field, comment in comments:
-                names = [d.strip() for d in comment.split(",") if d.strip()]
-                shape = tuple(int(d) if d.isdigit() else dims[d] for d in names)
-                assert getattr(node, field).shape == shape, field
-
-
-@pytest.mark.parametrize("name", SCALE_BY)
-def test_memory_usage_is_that_of_the_arrays(name):
-    state = reference(name)[1]
-    usage = tekfac.memory_usage(optax.chain(make(name)).init(case().params))
-    assert usage == tekfac.memory_usage(jax.eval_shape(make(name).init, case().params))
-    for path, layer in state.layers.items():
-        actual = {
-            "factors": layer.phi.nbytes + layer.psi.nbytes,
-            "eigenbasis": layer.q_phi.nbytes + layer.q_psi.nbytes,
-            "rescaling": layer.theta.nbytes,
-        }
-        assert usage[path] == actual
-        assert sum(actual.values()) == case().layers[path].state_bytes
-
-
-@every_transform
-def test_diagnostics(name):
-    state = reference(name)[1]
-    scalars = {key: np.asarray(value) for key, value in tekfac.diagnostics(state).items()}
-    kinds = ("trace", "kept", "damping", "phi_spread", "psi_spread", "phi_residual",
-             "psi_residual", "failures", "failed_in_a_row")  # fmt: skip
-    expected = {f"{path}/{kind}" for path in case().layers for kind in kinds}
-    assert set(scalars) == expected | ({"kl_clip"} if name in READY else set())
-    for key, value in scalars.items():
-        assert value.shape == ()
-        assert np.isfinite(value), key
-        assert value > 0 or key.endswith(("failures", "in_a_row", "residual"))
-    fresh = tekfac.diagnostics(make(name).init(case().params))
-    assert set(fresh) == set(scalars)
-    assert all(np.isfinite(value) for value in fresh.values())
-    curvature = tekfac.curvature(state)["first"]
-    assert np.trace(curvature.phi) == pytest.approx(1, rel=1e-5)
-    assert np.trace(curvature.psi) == pytest.approx(1, rel=1e-5)
-    assert scalars["first/trace"] == pytest.approx(float(curvature.theta.sum()), rel=1e-5)
-
-
-def test_check_state_is_a_sentence():
-    layers, params = case().layers, case().params
-    x = jnp.ones((6, 3), jnp.float32)
-    state = optax.chain(make("scale_by_tekfac")).init(params)
-    assert tekfac.check_state(state, layers) == ""
-    fewer = tekfac.find_layers(case().loss, params, x, skip="first")
-    assert tekfac.check_state(state, fewer) == (
-        "The state has no layers [] and has ['first'], which the network has not."
-    )
-    assert "no layers ['first']" in tekfac.check_state(
-        tekfac.scale_by_tekfac(fewer).init(params), layers
-    )
-    wide = jnp.ones((6, 5), jnp.float32)
-    other = case().model.init(jax.random.key(0), wide)["params"]
-    sentence = tekfac.check_state(state, tekfac.find_layers(case().loss, other, wide))
-    assert sentence == (
-        "Layer 'first' has in and out dimension (4, 4) in the state and (6, 4) in the network."
-    )
-    functions = (
-        tekfac.curvature, tekfac.stats_due, tekfac.memory_usage, tekfac.diagnostics,
-        lambda state: tekfac.check_state(state, layers),
-    )  # fmt: skip
-    for function in functions:
-        with pytest.raises(ValueError, match=r"no state of scale_by_tekfac.*tx\.init"):
-            function(optax.sgd(0.1).init(params))
 
 
 # --- intervals -----------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
 from tekfac_jax._optimizer.options import Options
-from tests.capture.test_errors import simple_case
-from tests.capturing import x64_standard
+from tests.capturing import simple_case, x64_standard
 from tests.properties import fuzzing, fuzzing_nnx, misuses
 
 # The same examples each time: a failure must be one of the change at hand. Each is a program to
@@ -120,8 +119,8 @@ ALLOWED = {
     "basis_rank": lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0,
 }
 MAY_BE_NONE = {
-    "statistics_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh", "mesh_axis",
-    "factor_dtype", "momentum", "kl_clip", "fallback",
+    "statistics_examples", "basis_rank", "max_dim", "max_failures", "axis_name", "mesh",
+    "mesh_axis", "factor_dtype", "momentum", "kl_clip", "fallback",
 }  # fmt: skip
 OF_READY = ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback")
 
