@@ -8,7 +8,7 @@ import pytest
 
 import tekfac_jax as tekfac
 from tekfac_jax._curvature import by_kind, dense
-from tekfac_jax._optimizer import refresh, sums
+from tekfac_jax._optimizer import algorithm, refresh, sums
 from tests.capturing import Net, losses_of, random_params, relative_error, x64
 from tests.oracles import make_case
 from tests.sharing import needs_devices
@@ -108,15 +108,15 @@ def test_nothing_is_formed_off_a_refresh(monkeypatch):
 
 def steps_on_devices(patch, budget):
     """Two steps on four devices, and which layers' gradients were formed for factors and Θ."""
-    formed, real = set(), refresh._formed_once
+    formed, real = set(), algorithm.form_gradients_once
 
     def spy(*arguments):
         sources = real(*arguments)
-        formed.update(path for path, s in sources.items() if isinstance(s, sums.Formed))
+        formed.update(path for path, s in sources.items() if isinstance(s, sums.FromGradients))
         return sources
 
     patch.setattr(refresh, "FORMED_IN_ALL", budget)
-    patch.setattr(refresh, "_formed_once", spy)
+    patch.setattr(algorithm, "form_gradients_once", spy)
     model, x = Net(grouped), jnp.asarray(np.random.default_rng(0).normal(size=(4, 9, 6, 5, 2)))
     params = random_params(model, x[0])
 
