@@ -1,6 +1,6 @@
-"""What the conformance tests share: every public transform on one small network.
+"""Shared by tests of every public transform: all of them on one small network.
 
-Tests that use this module carry its `standard_promotion`.
+Tests that use this module are marked with its `standard_promotion`.
 """
 
 import functools
@@ -15,7 +15,7 @@ import tekfac_jax as tekfac
 from tekfac_jax._state import recognise
 
 LEARNING_RATE = 0.05
-ROUNDING = 2e-4  # relative, float32, between two programs that compute the same
+ROUNDING = 2e-4  # relative, float32, between two programs for the same computation
 STEPS = 3
 
 SCALE_BY = {
@@ -77,7 +77,7 @@ def make(name, **options):
 
 
 class Runner:
-    """A transform whose update is compiled once; counts its traces."""
+    """A transform whose update is compiled once; `traces` counts."""
 
     def __init__(self, tx):
         self.init, self.traces = tx.init, 0
@@ -89,7 +89,7 @@ class Runner:
         self.update = jax.jit(update)
 
     def run(self, batches, state=None):
-        """The updates of some steps, and the last state."""
+        """The updates of each step, and the last state."""
         params = case().params
         state = self.init(params) if state is None else state
         all_updates = []

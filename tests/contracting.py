@@ -8,7 +8,7 @@ from tekfac_jax._curvature.chunks import sum_over_examples
 
 
 def contract(case, contraction):
-    """A contraction's mean over the examples, as the transforms compute it."""
+    """The mean of a contraction over the examples, as the transforms compute it."""
     layers = case.layers()
     _, stats = case.grads_and_stats(layers)
     captures = stats.layers[case.path]

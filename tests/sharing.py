@@ -1,4 +1,4 @@
-"""What tests on several devices share: meshes, and a small network that trains in several ways."""
+"""Shared by tests on several devices: meshes, and a network that trains on one or on several."""
 
 import math
 
@@ -20,7 +20,7 @@ limited = pytest.mark.timeout(240)
 
 
 def layers_of(*dims):
-    """Dense layers of these (in, out) dimensions, without bias."""
+    """Dense layers without bias, of these (in, out) dimensions."""
     return tekfac.Layers(
         tuple(
             LayerSpec(
@@ -44,7 +44,7 @@ def assert_same(actual, expected, tolerance=EXACT):
 
 
 class Network:
-    """A small network, and training steps of it that differ in how they run."""
+    """A small network, and its training steps on one device or on a mesh."""
 
     def __init__(self, mode="raw", **options):
         def build(x):
@@ -88,7 +88,7 @@ class Network:
         return params
 
     def on_mesh(self, mesh, steps=4, kernels=None, **options):
-        """`jit` with NamedSharding: the batch is split, kernels are placed as given."""
+        """`jit` with NamedSharding: the batch is split, and kernels are placed as given."""
         tx = self.transform(mesh=mesh, **options)
         axis = options.get("mesh_axis", mesh.axis_names[0])
         x = jax.device_put(self.x, NamedSharding(mesh, P(axis)))

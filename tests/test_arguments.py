@@ -1,4 +1,4 @@
-"""Each check of an argument: what it accepts, and an error with name, value, range and remedy."""
+"""Argument checks: what they accept, and errors that give name, value, range and remedy."""
 
 import re
 import types
@@ -41,7 +41,7 @@ def test_numbers_within_range(value):
 
 @pytest.mark.parametrize("value", [0, 0.0, 1e-40, float("inf"), 1e39])
 def test_numbers_in_an_open_range_are_those_of_float32(value):
-    """What float32 rounds to zero or to infinity is outside."""
+    """Values that underflow or overflow float32 are refused."""
     message = re.escape(f"rate must be a number in (0, inf), got {value!r}; {REMEDY}")
     with pytest.raises(ValueError, match=f"^{message}$"):
         _arguments.check_number("rate", value, 0, float("inf"), REMEDY, open_low=True)

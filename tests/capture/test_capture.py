@@ -1,4 +1,4 @@
-"""What is captured, against brute force: layer types, options, calls of the loss."""
+"""Captures against brute force: layer types, loss functions, and drop-in use."""
 
 import functools
 import warnings
@@ -61,7 +61,7 @@ def self_attention(x):
         return nn.SelfAttention(num_heads=2, qkv_features=6)(x)
 
 
-# name -> (function that builds the network, shape of its input, number of layers)
+# name -> (function that builds the network, input shape, number of layers)
 _DENSE = {
     "(N, F)": (mlp, (5, 4), 2),
     "(N, F), no bias": (functools.partial(mlp, use_bias=False), (5, 4), 2),
@@ -197,7 +197,7 @@ def test_step_serves_two_batch_sizes():
 
 
 class ResNet(nn.Module):
-    """Convolutions, BatchNorm, Dropout, a head."""
+    """Convolutions, BatchNorm, Dropout and a head."""
 
     @nn.compact
     def __call__(self, x, train):
@@ -292,7 +292,7 @@ def test_batch_norm_in_train_mode_keeps_the_sum():
 
 
 def test_aux_need_not_be_arrays():
-    """`jax.value_and_grad` does not care what aux is."""
+    """As with `jax.value_and_grad`, aux may be anything."""
     model, x = Net(mlp), randn(5, 4)
     params = random_params(model, x)
 
@@ -350,7 +350,7 @@ def test_half_precision(half, narrow):
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_loss_scale(dynamic):
-    """In float16 the gradients of small losses vanish; scaled they are there, and so is Θ."""
+    """In float16 the gradients of a small loss underflow; with a loss scale they and Θ survive."""
     model, x = Net(lambda x: nn.Dense(3, dtype=jnp.float16)(x)), randn(6, 4)
     params = random_params(model, x)
 
@@ -406,7 +406,7 @@ def test_reduction_gives_per_example_gradients_of_the_summed_loss(reduction):
 
     def losses(params, x):
         outputs = model.apply({"params": params}, x)
-        # The mask of the example, whether `x` is the batch or one of its examples.
+        # `x` is the whole batch, or a single example, which counts in full.
         weights = mask if len(x) == 5 else jnp.ones(x.shape[:2], x.dtype)
         return jnp.sum(weights * (outputs**2).sum(axis=-1), axis=1)
 
@@ -442,9 +442,9 @@ def cnn_case():
 @pytest.mark.sampled
 @pytest.mark.parametrize("case", [mlp_case, cnn_case, attention_case])
 def test_value_and_gradient_are_bit_identical(case):
-    """To the last bit, as long as the statistics are not asked for.
+    """Bit-identical unless the program also returns the statistics.
 
-    As outputs of the program they keep XLA from some fusions; then sums may round differently.
+    As outputs they prevent some of XLA's fusions, so that sums may round differently.
     """
     loss, params, x = case()
     layers = tekfac.find_layers(loss, params, x)
@@ -455,7 +455,7 @@ def test_value_and_gradient_are_bit_identical(case):
     jax.tree.map(np.testing.assert_array_equal, grads, plain_grads)
     value, grads, stats = jax.jit(fn)(params, x)
     assert value == plain_value
-    # Of the largest entry: the gradient of attention's key bias is a zero that only rounding fills.
+    # Relative to the largest entry: the gradient of attention's key bias is zero up to rounding.
     largest = max(float(np.abs(g).max()) for g in jax.tree.leaves(plain_grads))
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
         assert np.abs(a - b).max() <= ULPS * jnp.finfo(a.dtype).eps * largest
@@ -473,7 +473,7 @@ def test_slots_by_hand_give_the_same_captures():
     _, expected_grads, stats = jax.jit(tekfac.value_grad_and_stats(loss, layers))(params, x)
     jax.tree.map(np.testing.assert_array_equal, captures, stats.layers)
     jax.tree.map(np.testing.assert_array_equal, grads, expected_grads)
-    # Without derivatives the tap is the loss itself.
+    # Called without differentiation, the tap is the loss itself.
     assert relative_error(tekfac.tap(loss, layers)(params, slots, x), loss(params, x)) <= SINGLE
 
 
@@ -487,7 +487,7 @@ def test_check_capture(monkeypatch):
     assert max(at_rest.values()) == 0
     with_aux = tekfac.check_capture(lambda p, x: (loss(p, x), 1), layers, params, x, has_aux=True)
     assert max(with_aux.values()) < 1e-5
-    # Were the captures wrong, it would say so.
+    # It reports captures that are wrong.
     monkeypatch.setattr(
         check_capture, "sum_over_examples", lambda *args: 2 * sum_over_examples(*args)
     )

@@ -1,4 +1,4 @@
-"""Bad input gives an error that names the value, the range and the remedy."""
+"""Bad input raises an error that names the value, what is permitted and the remedy."""
 
 import dataclasses
 import functools
@@ -129,7 +129,7 @@ def test_layer_that_is_missing_at_step_time():
 
 
 def test_layer_that_find_layers_did_not_see():
-    """It would go without curvature, and nobody would know."""
+    """Otherwise it would silently have no curvature."""
     model, x = Net(lambda x, late=True: nn.Dense(3, name="late")(nn.Dense(4, name="early")(x))
                    if late else nn.Dense(4, name="early")(x)), randn(5, 3)  # fmt: skip
     params = random_params(model, x)
@@ -161,7 +161,7 @@ def test_layers_that_disagree_on_the_batch_size():
 
 
 def test_one_layer_called_with_two_batch_sizes():
-    """An auxiliary batch through the same layer: two sets of examples, nothing to pair them by."""
+    """An auxiliary batch through the same layer: its examples cannot be paired with the others."""
     model, x = Net(mlp), randn(5, 4)
     params = random_params(model, x)
 
@@ -208,7 +208,7 @@ def test_empty_batch():
         tekfac.find_layers(loss, params, x[:0])
 
 
-# --- what is easily got wrong --------------------------------------------------------------------
+# --- common mistakes -----------------------------------------------------------------------------
 
 
 def test_what_has_changed_of_a_layer():
@@ -220,7 +220,7 @@ def test_what_has_changed_of_a_layer():
 
 
 def test_parameters_that_are_new():
-    """They would go to the fallback, and no table would list them."""
+    """Otherwise they would go to the fallback without being listed."""
     loss, params, x, layers = simple_case()
     scaled = {**params, "scale": jnp.ones(())}
 
@@ -233,7 +233,7 @@ def test_parameters_that_are_new():
     with pytest.raises(ValueError, match=r"find_layers looked: Dense_1/kernel\. Call"):
         tekfac.value_grad_and_stats(loss, one)(params, x)
     *_, stats = tekfac.value_grad_and_stats(loss, tekfac.Layers(layers.specs[:1]))(params, x)
-    assert list(stats.layers) == ["Dense_0"]  # by hand: whoever chooses knows
+    assert list(stats.layers) == ["Dense_0"]  # chosen by hand, so nothing is missing
     unseen = (("Dense_1/kernel", "no supported layer was seen to use it as its own"),)
     with pytest.raises(ValueError, match="'Dense_1' is called here, but was not when find_layers"):
         tekfac.value_grad_and_stats(loss, tekfac.Layers(layers.specs[:1], unseen))(params, x)

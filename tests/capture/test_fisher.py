@@ -1,4 +1,4 @@
-"""Statistics from the model's own labels, against the Gauss-Newton matrix."""
+"""Statistics from the model's own distribution, against the Gauss-Newton matrix."""
 
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from tests.oracles import MONTE_CARLO_SIGMAS, every_case, make_case, relative
 
 
 class Fixed(NamedTuple):
-    """A likelihood of the user's own: unit-variance normal, labels known in advance."""
+    """A user-defined likelihood: a unit-variance normal whose labels are known in advance."""
 
     targets: jax.Array
 
@@ -38,7 +38,7 @@ class Fixed(NamedTuple):
         return self.targets
 
 
-# name -> (likelihood, shape of the input)
+# name -> (likelihood, input shape)
 _LIKELIHOODS = {
     "categorical": (tekfac.Categorical(), (5, 4)),
     "categorical positions": (tekfac.Categorical(), (5, 2, 4)),
@@ -83,7 +83,7 @@ def test_sampled_labels(name):
 @pytest.mark.slow
 @x64
 def test_reduced_statistics_of_sampled_labels():
-    """The same labels, contracted in the backward pass: the sums of the raw statistics."""
+    """With the same labels, reduced statistics are the sums of the raw ones."""
     predict, params, x, layers = fisher_case((5, 2, 4))
     options = {"likelihood": tekfac.Categorical(), "has_aux": True}
     tx = tekfac.scale_by_tekfac(layers, factor_interval=1, rescaling_interval=1)
@@ -113,7 +113,7 @@ def test_reduced_statistics_of_sampled_labels():
 
 
 def output_fisher(likelihood, outputs):
-    """Hessian of the expected −log p of one example: [outputs, outputs]."""
+    """Hessian of one example's expected −log p, [outputs, outputs]."""
 
     def at(moved):
         if isinstance(likelihood, tekfac.Categorical):
@@ -200,7 +200,7 @@ def test_fisher_stats_errors():
 
 
 def _generalized_gauss_newton(case):
-    """E[Jᵀ H J] of the case's layer, H the Hessian of the loss at the outputs."""
+    """E[Jᵀ H J] of the case's layer, where H is the Hessian of the loss at the outputs."""
     jacobian = jax.jacobian(case.outputs)(case.params, case.x)[case.path]
     outputs = case.outputs(case.params, case.x)
     n, k = len(case.x), outputs.shape[-1]

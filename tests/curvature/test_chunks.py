@@ -1,4 +1,4 @@
-"""Sums over a batch in chunks of examples: within the budget, and equal to the whole."""
+"""Sums over chunks of examples stay within the budget and equal the sum over the batch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ DIMS = st.integers(1, 3000)
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(1, 4096), t=st.integers(1, 4096), i=DIMS, o=DIMS)
 def test_a_chunk_stays_within_its_budget(n, t, i, o):
-    """Of numbers in a, u and G_n of its examples, unless one example alone takes more."""
+    """The budget is for a, u and G_n of the examples; a single example may exceed it."""
     spec = LayerSpec(
         path="layer", kind="dense", kernel_shape=(i, o), contracted=1, use_bias=False,
         dtype="float32", axes=(-1,),

@@ -1,4 +1,4 @@
-"""The order of contraction that is taken is the cheapest, by its own count and by XLA's."""
+"""The chosen order of contraction is the cheapest, by our count and by XLA's."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def test_no_order_is_cheaper_than_the_one_that_is_taken(t, i, o, r, p):
     assert taken == min(RescalingOrder(*order).cost(t, i, o, r, p) for order in ORDERS)
 
 
-# Positions, inputs, outputs: early and late layers of ResNet20 and of VGG16 at half width.
+# (positions, inputs, outputs) of early and late layers of ResNet20 and of half-width VGG16.
 SHAPES = [(1024, 144, 16), (64, 576, 64), (16, 2304, 256), (4, 2304, 256)]
 
 
@@ -36,10 +36,10 @@ def flops(function, *shapes):
 
 @pytest.mark.parametrize(("t", "i", "o"), SHAPES)
 def test_what_is_computed_costs_what_the_order_says(t, i, o):
-    """By XLA's own count of a compiled program: 2 flop for a multiplication and an addition.
+    """XLA counts the flops of the compiled program: 2 for a multiplication and an addition.
 
-    Half as much again is left for sums, copies and symmetry; an order that was switched off, as
-    always forming G, costs from 2 to 60 times as much in the layers with few positions.
+    The factor of 1.5 leaves room for sums, copies and symmetry. A wrong order, such as always
+    forming G, costs 2 to 60 times as much in layers with few positions.
     """
     n = 2
     a, u = (n, t, i), (n, t, o)
@@ -47,7 +47,7 @@ def test_what_is_computed_costs_what_the_order_says(t, i, o):
     assert counted <= 1.5 * 2 * n * factor_order(t, i, o).cost(t, i, o)
     for r, p in ((i, o), (-(-i // 8), -(-o // 4))):
         counted = flops(dense.rescaling, a, u, (i, r), (o, p))
-        # Pairs of positions for few of them: more multiplications, but one matrix product.
+        # Few positions are contracted in pairs: more multiplications, but one matrix product.
         pairs = 2 * n * t * t * r * p if t <= dense._FEW else 0
         assert counted <= 1.5 * 2 * n * rescaling_order(t, i, o, r, p).cost(t, i, o, r, p) + pairs
 

@@ -126,8 +126,8 @@ def test_factors_in_every_order(order, lead, n, t, i, o, seed):
     _, phi, psi = by_einsum(a, u)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "factor_order", lambda *_: FactorOrder(*order))
-        patch.setattr(dense, "_BLOCK", 3)  # so that large ones are put together from blocks
-        # Compiled as a whole, and anew: the order is another one.
+        patch.setattr(dense, "_BLOCK", 3)  # small, so that several blocks are needed
+        # A new lambda, so that the program is compiled again with this order.
         found = jax.jit(lambda a, u: dense.exact_factors(a, u))(a, u)
     assert relative(found.phi, phi) <= EXACT
     assert relative(found.psi, psi) <= EXACT
@@ -168,7 +168,7 @@ def test_squared_gradients_in_every_way(way, lead, n, t, i, o, seed):
 @settings(deadline=None, max_examples=25)
 @given(lead=LEADS, n=SIZES, t=SIZES, i=SIZES, o=SIZES, r=SIZES, p=SIZES, seed=st.integers(0, 99))
 def test_from_gradients_formed_once(lead, n, t, i, o, r, p, seed):
-    """Factors and Θ from G_n are those from a and u."""
+    """Factors and Θ computed from G_n equal those computed from a and u."""
     a, u = random_captures(lead, n, t, i, o, seed)
     rng = np.random.default_rng(seed + 1)
     q_phi, q_psi = (jnp.asarray(rng.normal(size=(*lead, d, k))) for d, k in ((i, r), (o, p)))

@@ -1,4 +1,4 @@
-"""Θ moves with the eigenbasis."""
+"""Θ in a new eigenbasis."""
 
 import jax
 import jax.numpy as jnp

@@ -32,7 +32,7 @@ def test_a_triangle_is_the_whole_matrix(dim, lead):
 @needs_devices
 @limited
 def test_a_vector_is_no_triangle():
-    """As many embeddings side by side as they have rows: Φ looks like a square, and is none."""
+    """Three stacked embeddings of three rows each: Φ has a square shape, but is no matrix."""
     tables = nn.vmap(
         nn.Embed, in_axes=None, out_axes=1, axis_size=3, variable_axes={"params": 0},
         split_rngs={"params": True},
@@ -62,7 +62,7 @@ def test_a_vector_is_no_triangle():
 @needs_devices
 @limited
 def test_only_triangles_of_factors_travel():
-    """Bytes of all-reduces in the compiled step, against those of whole matrices."""
+    """The shapes that the step sums over devices are those of triangles."""
     layers = Network().layers
     i = layers["hidden"].in_dim
     assert i > layers["hidden"].out_dim

@@ -1,4 +1,4 @@
-"""Training on a mesh gives one device's numbers, with a whole state or a divided one."""
+"""Training on a mesh gives the numbers of one device, with a whole or a divided state."""
 
 import functools
 
@@ -39,7 +39,7 @@ def test_sharded_jit_is_one_device(shape, kernels, options, mode):
 
 
 class ShardedRun:
-    """Training on a mesh with a divided state, and what it leaves."""
+    """Training on a mesh with a divided state."""
 
     def __init__(self, network, devices, **options):
         self.mesh = mesh_of(devices)
@@ -65,7 +65,7 @@ class ShardedRun:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["raw", "reduced"])
 def test_a_divided_state_gives_the_same_numbers(mode, tmp_path):
-    """On two devices, then from a checkpoint on four; what is read of it is whole."""
+    """Two devices, then from a checkpoint on four; what is read from the state is whole."""
     network = Network(mode)
     first = ShardedRun(network, 2)
     first.run(2)
@@ -83,7 +83,7 @@ def test_a_divided_state_gives_the_same_numbers(mode, tmp_path):
         )
         second.params, second.state = checkpointer.restore(tmp_path / "state", (params, shapes))
     for x, y in zip(*map(jax.tree.leaves, (first.state, second.state)), strict=True):
-        np.testing.assert_array_equal(x, y)  # to the bit, on other devices
+        np.testing.assert_array_equal(x, y)  # bit for bit, on other devices
     assert_same(second.run(2), network.on_one_device(4))
     shapes = [jax.tree.map(jnp.shape, tekfac.curvature(s)) for s in (second.state, plain_state)]
     assert shapes[0] == shapes[1]
@@ -97,7 +97,7 @@ def test_a_divided_state_gives_the_same_numbers(mode, tmp_path):
 @needs_devices
 @limited
 def test_memory_of_a_divided_state_falls_with_the_devices():
-    """A layer of 500×500: a device keeps a quarter of its four matrices, and all of Θ."""
+    """Of a 500×500 layer each device keeps its share of four matrices, and all of Θ."""
     layers = layers_of((500, 500))
     params = {"layer_0": {"kernel": jnp.zeros((500, 500))}}
     sizes = {}
@@ -114,7 +114,7 @@ def test_memory_of_a_divided_state_falls_with_the_devices():
 
 
 def counting_eigh(monkeypatch):
-    """Counts the decompositions that are run, on all devices together."""
+    """Counts the decompositions on all devices together."""
     done: list[int] = []
     eigh = jnp.linalg.eigh
 
@@ -182,7 +182,7 @@ def test_hyperparameters_are_injected_on_a_mesh():
 @x64
 @pytest.mark.parametrize("mode", ["raw", "reduced"])
 def test_a_batch_that_is_filled_up(mode):
-    """Thirteen examples on four devices: three more that do not count."""
+    """Thirteen examples on four devices, with three filler examples."""
     network = Network(mode)
     real = 13
     weights = (jnp.arange(16) < real).astype(network.x.dtype)
@@ -217,7 +217,7 @@ def test_a_batch_that_is_filled_up(mode):
 @limited
 @x64
 def test_accumulation_on_devices_is_the_whole_batch():
-    """Two micro-batches on each of two devices, added up there, then over the devices."""
+    """Two micro-batches on each of two devices, summed on each device, then over devices."""
     network = Network("reduced")
     expected = network.on_one_device(3)
     tx = network.transform(axis_name="data")

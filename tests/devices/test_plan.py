@@ -1,4 +1,4 @@
-"""The plan: each decomposition is assigned once, and the loads are balanced."""
+"""The plan assigns each decomposition once and balances the loads."""
 
 import pytest
 from hypothesis import given, settings
@@ -23,7 +23,7 @@ def test_the_plan_does_everything_once_and_is_balanced(dims, devices):
     assert sum(plan.loads) == sum(dim**3 for _, _, dim in sides)
     assert all(0 <= share.device < devices for share in plan.assignments)
     if plan.assignments:
-        # The best there could be: the mean, the largest alone, or two of the largest together.
+        # No plan can beat the mean load, the largest cube, or two that must share a device.
         cubes = sorted((share.dim**3 for share in plan.assignments), reverse=True)
         together = cubes[devices - 1] + cubes[devices] if len(cubes) > devices else 0
         best = max(sum(cubes) / devices, cubes[0], together)

@@ -1,4 +1,4 @@
-"""The README's Python runs, and its table is what the library prints."""
+"""The README's Python runs and prints the table that the README shows."""
 
 from pathlib import Path
 

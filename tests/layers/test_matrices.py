@@ -1,4 +1,4 @@
-"""Gradients as matrices, one for each layer: kernel and bias belong together."""
+"""The gradient matrix of a layer: kernel and bias are one, and cannot be masked separately."""
 
 import optax
 import pytest

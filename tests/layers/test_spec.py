@@ -1,4 +1,4 @@
-"""`Layers`: static to `jax.jit`, and a table of every parameter."""
+"""`Layers` is a static argument, and prints a table of every parameter."""
 
 import functools
 import re
@@ -70,7 +70,7 @@ def test_positions_in_the_table_are_those_of_one_example():
 
 
 def test_number_of_examples_is_shown():
-    """A batch axis that is not the leading one shows there."""
+    """The number reveals a batch axis that is not the leading one."""
     loss, params, x, layers = simple_case()
     assert layers.batch_size == 6
     assert repr(layers).splitlines()[3].endswith("bytes of state, seen with 6 examples")

@@ -1,4 +1,4 @@
-"""How many examples count: curvature from a part of the batch, and batches that are filled up."""
+"""The examples that count: curvature from part of the batch, and batches with fillers."""
 
 import functools
 
@@ -15,7 +15,7 @@ from tests.sharing import Network, assert_same, mesh_of, needs_devices
 EXACT = 1e-12
 
 
-# --- curvature from a part of the batch ----------------------------------------------------------
+# --- curvature from part of the batch ------------------------------------------------------------
 
 
 def curvature_of_some(name, number, **options):
@@ -56,7 +56,7 @@ def test_all_examples_are_no_part(number):
 @pytest.mark.slow
 @x64
 def test_a_batch_filled_up_at_its_end_counts_the_same_share():
-    """Of 12 examples 6 only fill up; every second one is taken: 3 of those that count."""
+    """Of 12 examples 6 are fillers; every second one is taken, so 3 that count."""
     case = make_case("dense")
 
     def loss(params, x, y, weights):
@@ -79,7 +79,7 @@ def test_a_batch_filled_up_at_its_end_counts_the_same_share():
 @x64
 @pytest.mark.timeout(240)
 def test_some_examples_of_every_device():
-    """Two of four on each of four devices are every second one of sixteen."""
+    """Two of four examples on each of four devices are every second one of sixteen."""
     on_devices = Network(statistics_examples=2).on_mesh(mesh_of(4))
     assert_same(on_devices, Network(statistics_examples=8).on_one_device(), 1e-10)
 
@@ -113,7 +113,7 @@ def test_reduced_statistics_are_of_the_whole_batch():
 @pytest.mark.slow
 @pytest.mark.parametrize("sibling", ["kfac", "ekfac"])
 def test_plain_factors_and_examples_that_do_not_count(sibling):
-    """A does not see which examples are masked: no curvature comes of it, and a failure counts."""
+    """A would include the masked examples, so the update counts a failure instead."""
     network = Network()
     tx = {"kfac": tekfac.scale_by_kfac, "ekfac": tekfac.scale_by_ekfac}[sibling](network.layers)
     fn = tekfac.value_grad_and_stats(network.loss, network.layers, examples=5)

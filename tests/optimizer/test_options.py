@@ -1,4 +1,4 @@
-"""An option that is wrong gives an error that names the value, the range and the remedy."""
+"""A wrong option raises an error that names it, its value and what is permitted."""
 
 import re
 
@@ -10,7 +10,7 @@ import tekfac_jax as tekfac
 from tests.capturing import simple_case
 from tests.oracles import SCALE_BY
 
-# option -> (values out of its range, what the error says besides the name and the value)
+# option -> (values out of range, what the error says besides name and value)
 _BAD_OPTIONS = {
     "factor_interval": ((0, -1, 2.5, True, "often", None, np.array(0)), "1 or more"),
     "eigenbasis_interval": ((0, -50, jnp.array(-1)), "1 or more"),

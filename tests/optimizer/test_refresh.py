@@ -1,4 +1,4 @@
-"""Refreshes: averages over steps, and Θ that follows a new basis."""
+"""Refreshes average over steps, and Θ follows a new basis."""
 
 import jax
 import numpy as np
@@ -17,7 +17,7 @@ EXACT = 1e-12
 @every_case
 @pytest.mark.parametrize("sibling", ["tekfac", "ekfac"])
 def test_theta_follows_the_basis_when_it_is_refreshed(name, sibling):
-    """A refresh of the basis alone keeps the old operator's diagonal in the new basis."""
+    """If only the basis is refreshed, Θ is the old operator's diagonal in the new basis."""
     case = make_case(name)
     layers = case.layers()
     tx = SCALE_BY[sibling](
@@ -41,7 +41,7 @@ def test_averages_weigh_the_old_value_with_the_decay_and_are_debiased():
     a, u = np.random.default_rng(5).normal(size=(2, 2, 9, 3))
     params, layers, first = oracles.dense_statistics(a[0], u[0])
     second = oracles.dense_statistics(a[1], u[1])[2]
-    # The basis stays, so that Θ is averaged without being transported.
+    # The basis is kept, so Θ is averaged without being transported.
     tx = tekfac.scale_by_tekfac(
         layers, factor_interval=1, eigenbasis_interval=9, rescaling_interval=1,
         factor_decay=0.8, rescaling_decay=0.6,

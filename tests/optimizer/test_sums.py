@@ -1,4 +1,4 @@
-"""G is formed once for factors and Θ, where both are due and memory allows."""
+"""G_n is formed once for factors and Θ if both are due and memory allows."""
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from tests.sharing import needs_devices
 
 
 def grouped(x):
-    """Two convolutions in groups, and dense layers with several positions and with one."""
+    """A convolution, a grouped one, and dense layers with several positions and with one."""
     x = jnp.tanh(nn.Conv(4, (3, 3), name="first")(x))
     x = jnp.tanh(nn.Conv(4, (3, 3), strides=2, feature_group_count=2, name="groups")(x))
     x = jnp.tanh(nn.Dense(5, name="positions")(x)).mean(axis=(1, 2))
@@ -23,7 +23,7 @@ def grouped(x):
 
 
 class Formed:
-    """Steps of a network with all contractions, counting how often G is formed."""
+    """Steps of a network that count how often G_n is formed."""
 
     def __init__(self, patch, *, allowed):
         self.formed = []
@@ -81,7 +81,7 @@ def test_formed_once_is_formed_twice(intervals, rank, monkeypatch):
 @pytest.mark.slow
 @x64
 def test_what_is_due_together_is_formed_once(monkeypatch):
-    """Per step and layer the examples that pass through `gradients`."""
+    """Counts the examples that pass through `gradients` in a step."""
     counts = {}
     for allowed in (True, False):
         with monkeypatch.context() as patch:
@@ -107,7 +107,7 @@ def test_nothing_is_formed_off_a_refresh(monkeypatch):
 
 
 def steps_on_devices(patch, budget):
-    """Two steps on four devices, and which layers' gradients were formed for factors and Θ."""
+    """The layers whose gradients are formed once in two steps on four devices, and the updates."""
     formed, real = set(), algorithm.form_gradients_once
 
     def spy(*arguments):
@@ -145,7 +145,8 @@ def steps_on_devices(patch, budget):
 @pytest.mark.timeout(240)
 def test_devices_form_gradients_once_and_within_a_budget():
     found = {}
-    for budget in (0, 1000, 2**27):  # numbers; of the three layers with positions some fit
+    # In numbers: no layer fits, then some, then all three that have positions.
+    for budget in (0, 1000, 2**27):
         with pytest.MonkeyPatch.context() as patch:
             found[budget] = steps_on_devices(patch, budget)
     formed = {budget: formed for budget, (formed, _) in found.items()}

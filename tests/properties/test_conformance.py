@@ -1,4 +1,4 @@
-"""Every public transform does what optax and Flax expect of one, and fails gracefully."""
+"""Every public transform behaves as optax and Flax expect, and fails gracefully."""
 
 import re
 from typing import Any
@@ -43,7 +43,7 @@ pytestmark = standard_promotion
 
 @every_transform
 def test_under_jit(name):
-    """One trace for all steps, stable types, and unknown arguments are swallowed."""
+    """One trace for all steps, stable types, and unknown arguments are ignored."""
     params = case().params
     state = runner(name).init(params)
     first_types = types(state)
@@ -70,7 +70,7 @@ _WRAPPERS = {
     "masked": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda _: True, params)),
     "partition": lambda tx: optax.partition({"a": tx}, lambda p: jax.tree.map(lambda _: "a", p)),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=2),
-    # Last: optax passes no further arguments to a MultiSteps inside something else.
+    # The outermost: inside another wrapper MultiSteps gets no extra arguments from optax.
     "MultiSteps": lambda tx: optax.MultiSteps(tx, every_k_schedule=1),
 }  # fmt: skip
 
@@ -97,7 +97,7 @@ def test_wrappers_in_one_another(name):
 
 
 def _no_clip(name):
-    """The clip's factor is common to all layers, and changes with the learning rate."""
+    """Options without the KL clip, which couples the layers and depends on the learning rate."""
     return {"kl_clip": None} if name in READY else {}
 
 
@@ -110,7 +110,7 @@ def _apart(params):
 @pytest.mark.sampled
 @every_transform
 def test_a_layer_that_is_masked_out(name):
-    """It goes elsewhere or passes unchanged; the others are as they were."""
+    """Its gradient goes to another transform, or passes unchanged; other layers do not change."""
     tx = make(name, **_no_clip(name))
     if name in READY:
         tx, factor = optax.partition({"ours": tx, "other": optax.scale(-3.0)}, _apart), -3.0
@@ -157,7 +157,7 @@ def test_inject_hyperparams(name):
 @pytest.mark.sampled
 @every_transform
 def test_multi_steps_accumulates(name):
-    """Statistics of the step that updates are used; between them nothing moves."""
+    """The statistics of the updating step are used; the other steps change nothing."""
     tx = optax.MultiSteps(make(name), every_k_schedule=2)
     updates, state = Runner(tx).run(first_batches(4))
     assert all(not u.any() for u in jax.tree.leaves([updates[0], updates[2]]))
@@ -170,7 +170,7 @@ def test_multi_steps_accumulates(name):
 
 @pytest.mark.parametrize("micro_steps", [None, 3])
 def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
-    """What it costs, as the README says: the eigen work of a step on each of its micro-steps."""
+    """Its cost, as the README states: every micro-step does the eigendecompositions of a step."""
     done: list[int] = []
 
     def counting(factor, mine):
@@ -178,7 +178,7 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
         return eigenvectors(factor, mine)
 
     monkeypatch.setattr(refresh, "eigenvectors", counting)
-    tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due on the first step of three
+    tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due in the first of three steps
     if micro_steps:
         tx = optax.MultiSteps(tx, micro_steps)
     Runner(tx).run(first_batches(3))
@@ -189,7 +189,7 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
 
 @pytest.mark.parametrize("name", ["scale_by_tekfac", "kfac"])
 def test_a_state_that_a_trace_closes_over(name):
-    """It has values there, and what is made of them has none: `apply_if_finite`, eager, does so."""
+    """The state is concrete there but derived values are traced, as in `apply_if_finite`."""
     tx, params, (grads, stats) = make(name), case().params, first_batches(1)[0]
     (expected,), state = runner(name).run(first_batches(1))
     start = tx.init(params)
@@ -250,14 +250,14 @@ def test_half_precision_gradients(name):
 @pytest.mark.parametrize("name", ["scale_by_tekfac", "scale_by_kfac", "clip", "running", "trace"])
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_strict_promotion(name, wide):
-    """float32 parameters, also where float64 is enabled; no implicit promotion anywhere."""
+    """No implicit promotion with float32 parameters, whether or not float64 is enabled."""
     with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
         options = {"running": {"rescaling": "running"}, "trace": {"damping": "trace"}}.get(name, {})
         tx = SCALE_BY.get(name, tekfac.scale_by_tekfac)(case().layers, **options)
         if name == "clip":
             tx = tekfac.clip_by_kl(tx, optax.linear_schedule(0.1, 0.0, 10))
         params = case().params
-        # Statistics as they come where float64 is enabled or not.
+        # Statistics computed with float64 enabled or not.
         step = jax.jit(tekfac.value_grad_and_stats(case().loss, case().layers))
         with jax.numpy_dtype_promotion("standard"):  # LayerNorm
             _, grads, stats = step(params, jnp.ones((6, 3), jnp.float32) * 0.3)
@@ -273,7 +273,7 @@ def test_strict_promotion(name, wide):
 
 @every_transform
 def test_without_statistics(name):
-    """The curvature held is used and kept, and nothing is compiled that would change it."""
+    """The curvature is used and kept, and no code that would change it is compiled."""
     tx, params, (grads, stats) = make(name), case().params, case().batches[3]
     _, state = reference(name)
     decomposition = re.compile(r"syevd|Eigh|lapack")
@@ -287,7 +287,7 @@ def test_without_statistics(name):
     assert our_state(after).count == our_state(state).count + 1
     assert types(after) == types(state)
     assert np.abs(updates["last"]["kernel"] - grads["last"]["kernel"]).max() > 1e-3
-    if name in SCALE_BY:  # with statistics that are not due it is the same
+    if name in SCALE_BY:  # statistics that are not due make no difference
         with_stats, _ = runner(name, **dict.fromkeys(INTERVALS, 10)).run([(grads, stats)], state)
         assert_close(updates, with_stats[0])
 
@@ -337,7 +337,7 @@ def test_init_needs_no_parameters(name):
     assert types(abstract) == types(expected)
     for placeholder in (None, {}, optax.MaskedNode(), jax.eval_shape(lambda: params)):
         if name in READY and isinstance(placeholder, dict) and placeholder:
-            continue  # momentum wants arrays, as optax.trace does
+            continue  # momentum needs arrays, as in optax.trace
         assert_same(our_state(tx.init(placeholder)), our_state(expected))
 
 
@@ -380,7 +380,7 @@ def test_statistics_may_be_left_out_where_they_are_not_due(name):
 
 
 def spoiled(step, part, value):
-    """Statistics of that batch with one number of layer "first" that is not finite."""
+    """Statistics of that batch with one value of layer "first" replaced."""
     grads, stats = case().batches[step]
     (capture,) = stats.layers["first"]
     capture = capture._replace(**{part: getattr(capture, part).at[2, 0].set(value)})
@@ -393,7 +393,7 @@ _EVERY_STEP = dict.fromkeys(INTERVALS, 1)
 @every_scale_by
 @pytest.mark.parametrize(("part", "value"), [("u", np.nan), ("a", np.inf)])
 def test_bad_first_statistics(name, part, value):
-    """The gradient passes, the other layers are as they were, and the next step tries again."""
+    """The gradient passes unchanged, other layers are unaffected, and the next step retries."""
     tx = runner(name, **dict.fromkeys(INTERVALS, 10))
     batches = [spoiled(0, part, value), case().batches[1], case().batches[2]]
     first, state = tx.run(batches[:1])
@@ -417,7 +417,7 @@ def test_bad_first_statistics(name, part, value):
 @every_scale_by
 @pytest.mark.parametrize(("part", "value"), [("u", np.inf), ("a", np.nan)])
 def test_bad_later_statistics(name, part, value):
-    """The last good curvature stays in force."""
+    """The last good curvature stays in use."""
     tx = runner(name, **_EVERY_STEP)
     _, before = tx.run(case().batches[:2])
     (updates,), after = tx.run([spoiled(2, part, value)], before)
@@ -434,7 +434,7 @@ def test_bad_later_statistics(name, part, value):
 
 @every_scale_by
 def test_small_statistics_are_curvature_all_the_same(name):
-    """Gradients of 1e-11, near convergence: their fourth powers underflow, Θ must not."""
+    """Gradients of 1e-11, as near convergence: their fourth powers underflow, but Θ must not."""
     grads, stats = case().batches[0]
     stats = stats._replace(scale=stats.scale * 1e-11)
     curvature = tekfac.curvature(runner(name, **_EVERY_STEP).run([(grads, stats)])[1])["first"]
@@ -446,7 +446,7 @@ def test_small_statistics_are_curvature_all_the_same(name):
 
 @every_scale_by
 def test_huge_and_tiny_statistics(name):
-    """Numbers whose squares leave float32's range are no reason for NaN."""
+    """Values whose squares overflow or underflow float32 cause no NaN."""
     tx = runner(name, **_EVERY_STEP)
     for factor in (1e15, 1e-25, 0.0):
         grads, stats = case().batches[0]
@@ -503,7 +503,7 @@ def test_fallback_and_decay():
 
 @pytest.mark.parametrize("name", ["ekfac"])
 def test_parameters_are_not_needed_without_decay(name):
-    """As with optax.sgd and optax.adam."""
+    """Like optax.sgd and optax.adam."""
     tx = make(name)
     grads, stats = case().batches[0]
     updates, _ = jax.jit(tx.update)(grads, tx.init(case().params), stats=stats)
@@ -511,7 +511,7 @@ def test_parameters_are_not_needed_without_decay(name):
 
 
 def test_traced_batch_size():
-    """`batch_size` may be an array: examples that count in a padded batch, say."""
+    """`batch_size` may be an array, such as the number of real examples in a padded batch."""
     tx = make("scale_by_tekfac", rescaling="running")
     (grads, stats), params = case().batches[0], case().params
     _, state = Runner(tx).run([(grads, stats)])

@@ -1,4 +1,4 @@
-"""The theorems and invariances of the method, each against brute force in float64."""
+"""The method's theorems and invariances against brute force in float64."""
 
 import flax.linen as nn
 import jax
@@ -86,7 +86,7 @@ def _operators(a, u):
 def test_independent_factors_make_all_four_exact():
     rng = np.random.default_rng(0)
     inputs, outputs = rng.normal(size=(5, 3)), rng.normal(size=(4, 2))
-    # Every input with every output: a and u are independent under the empirical distribution.
+    # Every input is paired with every output, so a and u are empirically independent.
     a, u = np.repeat(inputs, 4, axis=0), np.tile(outputs, (5, 1))
     f = oracles.fisher(np.einsum("ni,no->nio", a, u))
     for name, operator in _operators(a, u).items():
@@ -266,7 +266,7 @@ def test_factored_damping_is_added_to_the_factors(name, sibling, damping):
 @every_case
 @every_sibling
 def test_family_matches_its_definition(name, sibling):
-    """Operators from the definitions: KFAC A⊗U, TKFAC δΦ⊗Ψ, and Θ in their eigenbases."""
+    """KFAC's operator is A⊗U, TKFAC's is δΦ⊗Ψ; the others have Θ in the same eigenbases."""
     case = make_case(name)
     plain = sibling in ("kfac", "ekfac")
     factors = contract(case, plain_factors if plain else exact_factors)

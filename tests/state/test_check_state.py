@@ -1,4 +1,4 @@
-"""What `check_state` says about a state, in one sentence."""
+"""`check_state` says in one sentence what is wrong with a state."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The scalars that are logged of a state: each layer has all of them, and all are finite."""
+"""The scalars of `diagnostics`: every layer has all of them, and they are finite."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The arrays of a state: their shapes and sizes, and a checkpoint keeps them."""
+"""The arrays of a state: shapes, sizes, and checkpoints."""
 
 import inspect
 import re
@@ -27,7 +27,7 @@ pytestmark = standard_promotion
 
 
 def test_shape_comments_are_true():
-    """The comments in `LayerState` and `ScaleByTekfacState` against real shapes."""
+    """The shapes in the comments of `LayerState` and `ScaleByTekfacState` are the real ones."""
     (_, state) = reference("scale_by_tekfac")
     state = our_state(state)
     for path, spec in case().layers.items():

@@ -1,4 +1,4 @@
-"""Layers are found however the model is written and called, and their captures are exact."""
+"""However a model is written and called, its layers are found and their captures are exact."""
 
 import flax.linen as nn
 import jax
@@ -69,7 +69,7 @@ def shared(dense):
 
 
 class Wrapper(nn.Module):
-    """Shares its child's scope: both have one path."""
+    """Shares its child's scope, so both have the same path."""
 
     @nn.compact
     def __call__(self, x):
@@ -79,7 +79,7 @@ class Wrapper(nn.Module):
 
 
 class CheckpointedShared(nn.Module):
-    """One layer, called twice, each call checkpointed by hand."""
+    """One layer called twice, each call checkpointed by hand."""
 
     @nn.compact
     def __call__(self, x):
@@ -121,7 +121,7 @@ def test_styles_of_models_are_exact(name):
     def losses(params, x):
         return losses_of(model.apply({"params": params}, x))
 
-    # Fills JAX's caches with traces that no interceptor has seen.
+    # Fills JAX's caches with traces made without an interceptor.
     jax.jit(losses)(params, x)
     jax.jit(jax.grad(lambda params: losses(params, x).mean()))(params)
     layers = assert_exact(losses, params, x)
@@ -160,7 +160,7 @@ def test_transformed_apply_is_exact(name, views):
             return two_views(apply, params, x)
         return losses_of(apply({"params": params}, x))
 
-    losses(params, x)  # with warm caches stale traces would be found
+    losses(params, x)  # warms the caches, where stale traces would be found
     layers = assert_exact(losses, params, x)
     assert not layers.uncovered
 
@@ -275,7 +275,7 @@ def test_shapes_suffice_to_find_layers():
 
 
 def test_the_program_carries_no_trace_of_the_trace():
-    """Labels and markers would change the compilation cache's key from run to run."""
+    """Labels or markers would change the key of the compilation cache from run to run."""
     model, x = Net(lambda x: nn.jit(Block)()(nn.relu(nn.Dense(4)(x)))), randn(5, 4)
     params = random_params(model, x)
 
