@@ -1,4 +1,4 @@
-"""What tests of the capture share: small networks, and per-example gradients by brute force."""
+"""Shared by tests of the capture: small networks, and per-example gradients by brute force."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ x64_standard = pytest.mark.usefixtures("x64_standard")
 
 
 class Net(nn.Module):
-    """A network from a function that builds it."""
+    """A network, given as a function that builds it."""
 
     build: Callable[..., Any]
 
@@ -41,7 +41,7 @@ def randn(*shape: int, seed: int = 0) -> jax.Array:
 
 
 def random_params(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Parameters (biases too) with random values, in the default float dtype."""
+    """Random parameters, biases included, in the default float dtype."""
     with jax.numpy_dtype_promotion("standard"):
         shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *args, **kwargs))["params"]
     leaves, treedef = jax.tree.flatten(shapes)
@@ -49,7 +49,7 @@ def random_params(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def losses_of(outputs: jax.Array) -> jax.Array:
-    """A loss for each example that is neither linear nor quadratic."""
+    """The loss of each example, neither linear nor quadratic in the outputs."""
     terms = outputs**2 / 2 + jnp.sin(outputs)
     return terms.sum(axis=tuple(range(1, terms.ndim)))
 
@@ -80,7 +80,7 @@ def captured_gradients(layers, stats) -> dict[str, jax.Array]:
 
 
 def assert_sums_to_gradient(layers, stats, grads, tolerance=EXACT, divisor=None):
-    """Σ_n G_n is the gradient of the summed loss: captures belong to the whole gradient."""
+    """Asserts that Σ_n G_n is the gradient of the summed loss."""
     divisor = stats.scale if divisor is None else divisor
     expected = to_matrices(grads, layers)
     for path, g in captured_gradients(layers, stats).items():
@@ -89,7 +89,7 @@ def assert_sums_to_gradient(layers, stats, grads, tolerance=EXACT, divisor=None)
 
 
 def assert_exact(losses, params, x, tolerance=EXACT, **options):
-    """Captures are the per-example gradients of `losses`; returns the layers."""
+    """Asserts that captures are the per-example gradients of `losses`; returns the layers."""
 
     def loss(params, x):
         return losses(params, x).mean()
@@ -100,7 +100,7 @@ def assert_exact(losses, params, x, tolerance=EXACT, **options):
 
     layers = tekfac.find_layers(loss, params, x, **options)
 
-    @jax.jit  # one program for all: most of the time goes into compilation
+    @jax.jit  # one program for all, since compilation takes most of the time
     def everything(params, x):
         _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
         captured = captured_gradients(layers, stats)
@@ -115,7 +115,7 @@ def assert_exact(losses, params, x, tolerance=EXACT, **options):
 
 
 def assert_model_is_exact(model, x, **options):
-    """The same for a model; all its kernels must be covered."""
+    """`assert_exact` for a model, all of whose kernels must be covered."""
     params = random_params(model, x, **options)
 
     def losses(params, x):
@@ -132,7 +132,26 @@ def mlp(x, **options):
 
 
 def mlp_case():
-    """A loss of (params, x) in float32, its parameters and a batch of six."""
+    """A float32 loss of (params, x), its parameters, and a batch of six."""
     model, x = Net(mlp), randn(6, 4)
+    params = random_params(model, x)
+    return lambda params, x: losses_of(model.apply({"params": params}, x)).mean(), params, x
+
+
+def simple_case():
+    """`mlp_case`, and its layers."""
+    loss, params, x = mlp_case()
+    return loss, params, x, tekfac.find_layers(loss, params, x)
+
+
+def attention_case():
+    """A loss with two self-attention blocks, its parameters, and a batch of six."""
+
+    def build(x):
+        for _ in range(2):
+            x = x + nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
+        return nn.Dense(3)(x)
+
+    model, x = Net(build), randn(6, 3, 4)
     params = random_params(model, x)
     return lambda params, x: losses_of(model.apply({"params": params}, x)).mean(), params, x

@@ -8,13 +8,13 @@ import tempfile
 import zlib
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# Most of the time goes into compiling programs that run once: LLVM need not optimise them.
+# Most of the time goes into compiling programs that run only once; they need no optimisation.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What one worker compiled the others need not; the variables reach them.
+# Workers share what they compile; they inherit these variables.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tekfac_jax-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -25,22 +25,22 @@ import jax
 import jaxtyping
 import pytest
 
-# The jaxtyping annotations of the pure mathematics are enforced while the tests run.
+# The tests enforce the jaxtyping annotations of the pure mathematics.
 jaxtyping.install_import_hook(
     "tekfac_jax._curvature",
     "beartype.beartype",
 )
 
 
-EVERY = 12  # of the cases of a test marked `sampled` so many make one in the default run
+EVERY = 12  # the default run takes one in this many cases of a test marked `sampled`
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items):
-    """The first of every few cases of a `sampled` test stays; the others are `slow`.
+    """Keeps the first of every `EVERY` cases of a `sampled` test; the others become `slow`.
 
-    With ``spread=True`` the test's name decides which one, so that tests over the same cases look
-    at different ones.
+    With ``spread=True`` the test's id determines which case is kept, so that tests over the same
+    cases run different ones.
     """
     tests = collections.defaultdict(list)
     for item in items:
@@ -56,11 +56,18 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def x64():
-    """Float64 arithmetic without implicit promotion, for whatever is held against an oracle.
+    """Float64 arithmetic without implicit promotion, for comparisons with an oracle.
 
-    Strictness cannot be on everywhere: optax's Adam raises a float to an integer array.
+    Strict promotion cannot be the default: optax's Adam raises a float to an integer array.
     """
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """Implicit promotion: optax itself mixes dtypes."""
+    with jax.numpy_dtype_promotion("standard"):
         yield
 
 

@@ -1,4 +1,4 @@
-"""Small models of the kinds that people train; each a function of a batch."""
+"""Small models of common kinds, each a function of a batch."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def resnet(x):
 
 
 class TransformerBlock(nn.Module):
-    """(x, nothing) -> (x, nothing), for a scan over layers."""
+    """(x, None) -> (x, None), for a scan over layers."""
 
     mask: bool = False
 
@@ -55,7 +55,7 @@ class TransformerBlock(nn.Module):
 
 
 def vit(x):
-    """Patches by a strided convolution, a position table, two blocks, the mean over patches."""
+    """Patches by a strided convolution, position embeddings, two blocks, the mean over patches."""
     x = nn.Conv(4, (2, 2), strides=2, name="patches")(x)
     x = x.reshape(len(x), -1, 4)
     x = x + nn.Embed(x.shape[1], 4, name="positions")(
@@ -67,7 +67,7 @@ def vit(x):
 
 
 def decoder(ids, *, tied=False):
-    """A decoder-only transformer: blocks under scan and remat."""
+    """A decoder-only transformer with its blocks under scan and remat."""
     embed = nn.Embed(7, 4, name="tokens")
     x = embed(ids)
     blocks = nn.scan(
@@ -100,7 +100,7 @@ def mixer(x):
 
 
 def unet(x):
-    """Down by strides, up by transposed convolutions, with skip connections."""
+    """Strided and transposed convolutions, with skip connections."""
     first = nn.relu(nn.Conv(3, (3, 3))(x))
     second = nn.relu(nn.Conv(4, (3, 3), strides=2)(first))
     third = nn.relu(nn.Conv(5, (3, 3), strides=2)(second))
@@ -130,7 +130,7 @@ def mobile(x):
 
 IMAGES, SENTENCES = (5, 8, 8, 2), (5, 6)
 
-# name -> (model, shape of its input, regular expression of what is not covered, and why)
+# name -> (model, input shape, regular expression of what is not covered, and why)
 MODELS = {
     "MLP": (mlp, (6, 4), None),
     "CNN": (cnn, IMAGES, None),

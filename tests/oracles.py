@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import tekfac_jax as tekfac
 
 
 class Case(NamedTuple):
-    """A network, a batch, and the layer that is looked at."""
+    """A network, a batch, and the layer under test."""
 
     model: nn.Module
     params: Any
@@ -30,7 +31,7 @@ class Case(NamedTuple):
         return self.model.apply({"params": params}, x)
 
     def losses(self, params, x, y):
-        """Loss of each example: cross-entropy over the last axis, summed over predictions."""
+        """The loss of each example: cross-entropy over the last axis, summed over predictions."""
         losses = optax.softmax_cross_entropy_with_integer_labels(self.outputs(params, x), y)
         return losses.reshape(x.shape[0], -1).sum(axis=1)
 
@@ -38,7 +39,7 @@ class Case(NamedTuple):
         return self.losses(params, x, y).mean()
 
     def layers(self):
-        """Only the layer that is looked at: the others would cost compile time."""
+        """Only the layer under test; the others would cost compile time."""
         args = self.params, self.x, self.y
         return tekfac.find_layers(self.mean_loss, *args, skip=lambda path: path != self.path)
 
@@ -77,7 +78,7 @@ class DenseNet(nn.Module):
         return nn.Dense(3, use_bias=self.bias, param_dtype=x.dtype, name="head")(jnp.tanh(x))
 
 
-# name -> (model, input shape, number of classes, shape of the labels, layer)
+# name -> (model, input shape, number of classes, label shape, layer)
 _CASES = {
     "dense": (DenseNet(bias=True), (11, 6), 3, (11,), "hidden"),
     "dense no bias": (DenseNet(bias=False), (11, 6), 3, (11,), "hidden"),
@@ -89,6 +90,7 @@ _CASES = {
 }
 CASE_NAMES = tuple(_CASES)
 SINGLE_POSITION = ("dense", "dense no bias")
+every_case = pytest.mark.parametrize("name", CASE_NAMES)
 
 
 @functools.cache
@@ -126,7 +128,7 @@ def fisher(g: np.ndarray) -> np.ndarray:
 
 
 def partial_traces(f: np.ndarray, i: int, o: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tr over the output side (i, i) and over the input side (o, o) of F."""
+    """The partial traces of F over the output side, (i, i), and over the input side, (o, o)."""
     blocks = f.reshape(i, o, i, o)
     return np.einsum("aobo->ab", blocks), np.einsum("aiaj->ij", blocks)
 
@@ -148,10 +150,14 @@ SCALE_BY: dict[str, Callable[..., optax.GradientTransformationExtraArgs]] = {
     "ekfac": tekfac.scale_by_ekfac,
     "kfac": tekfac.scale_by_kfac,
 }
+every_sibling = pytest.mark.parametrize("sibling", SCALE_BY)
+
+# A Monte-Carlo mean agrees if it is within this many standard errors.
+MONTE_CARLO_SIGMAS = 5.0
 
 
 def one_update(case: Case, name: str = "tekfac", grads: Any = None, stats: Any = None, **options):
-    """One update of `scale_by_<name>`: the case layer's direction (a matrix), and the state."""
+    """One update of `scale_by_<name>`: the layer's update as a matrix, and the state."""
     layers = case.layers()
     if stats is None:
         grads, stats = case.grads_and_stats(layers)
@@ -169,9 +175,23 @@ def curvature_of(name: str, sibling: str = "tekfac", **options) -> tekfac.Curvat
     return jax.tree.map(np.asarray, found)
 
 
+def dense_statistics(a, u):
+    """A single dense layer without bias, and statistics made by hand (T = 1)."""
+    model = nn.Dense(u.shape[1], use_bias=False, param_dtype=jnp.float64)
+    x = jnp.asarray(a)
+    params = model.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x):
+        return jnp.sum(model.apply({"params": params}, x))
+
+    layers = tekfac.find_layers(loss, params, x)
+    stats = tekfac.Statistics({"~": (tekfac.Capture(x, jnp.asarray(u)),)}, jnp.float64(1))
+    return params, layers, stats
+
+
 def relative(actual: Any, expected: Any) -> float:
     """Relative error in the Frobenius norm."""
     expected = np.asarray(expected)
-    # Of what is zero, as θ⊥ of a full basis is, nothing but zero is near.
+    # Only zero is close to zero, which θ⊥ of a full basis is.
     scale = max(float(np.linalg.norm(expected)), 1e-300)
     return float(np.linalg.norm(np.asarray(actual) - expected)) / scale

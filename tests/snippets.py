@@ -1,11 +1,11 @@
-"""The Python in a Markdown page, and running it."""
+"""Extracts the Python of a Markdown page, and runs it."""
 
 import re
 from typing import Any
 
 
 def blocks(page: str, language: str = "python") -> list[str]:
-    """The contents of the page's fenced blocks in that language, in order."""
+    """The contents of the page's fenced blocks in the language, in order."""
     return re.findall(rf"^```{language}\n(.*?)^```$", page, flags=re.S | re.M)
 
 

@@ -16,7 +16,7 @@ SINGLE = 1e-5
 
 
 class Linen(nn.Module):
-    """Every layer that both have."""
+    """Every layer type that both libraries have."""
 
     @nn.compact
     def __call__(self, ids, train=True):
@@ -46,7 +46,7 @@ class Nnx(nnx.Module):
 
 
 def both():
-    """The two models with the same weights, and a batch."""
+    """Both models with the same weights, and a batch."""
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 7, (5, 6)))
     linen = Linen()
     variables = linen.init(jax.random.key(0), ids)
@@ -99,13 +99,13 @@ def test_numbers_are_those_of_linen():
     assert jax.tree.structure(actual) == jax.tree.structure(dict(grads))
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    # The averages of BatchNorm moved on, in the model itself.
+    # BatchNorm's averages in the model itself were updated.
     np.testing.assert_allclose(model.norm.mean[...], batch_stats["norm"]["mean"], rtol=1e-5)
 
 
 @pytest.mark.slow
 def test_training_is_that_of_linen():
-    """With nnx.Optimizer under nnx.jit, beside a train state."""
+    """nnx.Optimizer under nnx.jit against a train state."""
     linen, variables, model, ids = both()
 
     def linen_loss(params, ids):
@@ -169,7 +169,7 @@ class Recurrent(nnx.Module):
 
 
 def test_recurrence_attention_and_dropout():
-    """Statistics add up to the gradient; time steps are positions; lists have numbers in paths."""
+    """Statistics sum to the gradient; time steps are positions; paths have list indices."""
     model, x = Recurrent(nnx.Rngs(0)), randn(5, 6, 4)
     layers = tekfac.nnx.find_layers(nnx_loss, model, x)
     assert not layers.uncovered
@@ -182,7 +182,7 @@ def test_recurrence_attention_and_dropout():
 
 
 class Tied(nnx.Module):
-    """A table that is read and attended."""
+    """A table that is both read and attended."""
 
     def __init__(self, rngs):
         self.table = nnx.Embed(7, 4, rngs=rngs)
@@ -203,7 +203,7 @@ def test_a_tied_table_is_captured_whole():
 
 @pytest.mark.slow
 def test_reduced_statistics_are_those_of_linen():
-    """With the basis of nnx's own optimizer state."""
+    """The basis is read from the state in nnx.Optimizer."""
     _, _, model, ids = both()
     layers = tekfac.nnx.find_layers(nnx_loss, model, ids)
     tx = tekfac.scale_by_tekfac(layers, damping=0.1, factor_interval=1, rescaling_interval=1)
@@ -247,14 +247,14 @@ def test_fisher_statistics_are_those_of_linen():
     fn = nnx.jit(tekfac.nnx.fisher_stats(lambda model, ids: model(ids), nnx_layers, **options))
     before = model.norm.mean[...]
     found = fn(model, ids, key=key)
-    assert relative_error(model.norm.mean[...], before) > 1e-3  # the model's averages moved on
+    assert relative_error(model.norm.mean[...], before) > 1e-3  # the model's averages were updated
     for path in layers:
         for one, other in zip(found.layers[path], expected.layers[path], strict=True):
             assert relative_error(one.u, other.u) <= 1e-4, path
 
 
 class Odd(nnx.Module):
-    """Beside a plain layer one that is tied, one of its own kind, and a subclass."""
+    """A plain layer, a tied one, a user-defined one, and a subclass."""
 
     class Sub(nnx.Linear):
         pass

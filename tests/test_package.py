@@ -1,4 +1,4 @@
-"""Promises about the package as a whole: its rooms, its public names, their documentation."""
+"""The package as a whole: its rooms, its public names, and their documentation."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import tekfac_jax
 
 PACKAGE = Path(tekfac_jax.__file__).parent
 
-# From the ground up: each room, and the rooms that its modules may import.
+# From the bottom up: each room, and the rooms that its modules may import.
 ROOMS = {
     "_arguments": set(),
     "_layers": set(),
@@ -26,7 +26,7 @@ ROOMS = {
     "nnx": {"__init__", "_capture", "_tracing", "_layers"},
     "plot": {"_state"},
 }
-# Beside the data types of `_layers`, capture and optimizer meet in the basis that a state holds.
+# Besides the data types of `_layers`, capture needs of the optimizer only the basis in a state.
 READERS_OF_CAPTURE = {"_state.check_state"}
 KNOW_FLAX_LINEN = {"_tracing"}
 
@@ -34,12 +34,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path: Path) -> str:
-    """The folder of a module, or its own name where it stands beside the folders."""
+    """The folder of a module, or its own name if it is in no folder."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a module imports, as ``room`` or ``room.module``."""
+    """The package's modules that a module imports, as ``room`` or ``room.module``."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def module_at(name: str) -> bool:
-    """Whether a dotted name is a module of the package rather than a thing in one."""
+    """Whether a dotted name is a module of the package, not an attribute of one."""
     path = PACKAGE.parent.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").exists()
 

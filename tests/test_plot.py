@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers, and what cannot be drawn is said."""
+"""Plots show the numbers they are given, and report what they cannot draw."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def held(theta, rest=0.0):
-    """A `Curvature` of which only Θ matters."""
+    """A `Curvature` in which only Θ matters."""
     theta, one = jnp.asarray(theta), jnp.ones((1, 1))
     return tekfac.Curvature(jnp.sum(theta), one, one, one, one, theta, jnp.asarray(rest))
 
@@ -53,12 +53,12 @@ def test_everything_that_diagnostics_returns_has_a_panel(state):
     scalars = tekfac.diagnostics(state)
     figure = plot.history([scalars, scalars])
     assert len(figure.axes) == len({key.rpartition("/")[2] for key in scalars})
-    figure.canvas.draw()  # with damping and traces of zero, whose logarithm nobody may take
+    figure.canvas.draw()  # damping and traces of zero, which have no logarithm
 
 
 @pytest.fixture(scope="module")
 def state():
-    """Before its first step."""
+    """A state before its first step."""
     model, x = nn.Dense(3), jnp.ones((8, 5))
     params = model.init(jax.random.key(0), x)
     layers = tekfac.find_layers(lambda p, x: model.apply(p, x).sum(), params, x)
@@ -91,7 +91,7 @@ def test_spectrum_is_sorted_and_crossed_by_the_damping():
     np.testing.assert_array_equal(spectrum.get_xdata(), range(1, 6))
     assert set(damping.get_ydata()) == {0.02}
     np.testing.assert_allclose(rest.get_ydata(), 0.05, rtol=1e-6)
-    assert axes.get_ylim()[0] > 1e-10  # rounding is not given most of the picture
+    assert axes.get_ylim()[0] > 1e-10  # rounding errors do not fill the picture
     figure.canvas.draw()
 
 
@@ -100,7 +100,7 @@ def test_a_large_spectrum_is_thinned_and_keeps_its_ends():
     (line,) = plot.spectra({"a": held(theta)}).axes[0].get_lines()
     x, y = line.get_data()
     assert len(x) <= 500
-    np.testing.assert_allclose(y, 200_001 - x, rtol=1e-6)  # a value stands at its own rank
+    np.testing.assert_allclose(y, 200_001 - x, rtol=1e-6)  # each value is drawn at its own rank
     assert (x[0], x[-1]) == (1, 200_000)
 
 

@@ -1,4 +1,4 @@
-"""What is released: a wheel that needs no extra, one version, no pickle that could run."""
+"""The release: a wheel that needs no extras, a single version, and no unsafe unpickling."""
 
 import ast
 import email
@@ -20,7 +20,7 @@ NEEDED = {"jax", "flax", "optax", "jaxtyping"}
 
 
 def imported(path):
-    """Packages outside of the standard library that a file imports, wherever in it."""
+    """Packages outside the standard library that a file imports anywhere."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -52,7 +52,7 @@ PROGRAM = ROOT / "tests" / "without_extras.py"
 
 
 def where_it_trains(folder):
-    """The program's own folder is not searched for packages: it runs in `folder`."""
+    """Runs the program in `folder`, so that the repository is not searched for packages."""
     code = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
     code += f"import runpy; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
@@ -66,7 +66,7 @@ def test_trains_without_any_extra():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built as a release is, but with the build backend at hand: without a network."""
+    """Built like a release, but with the installed build backend, so without a network."""
     pytest.importorskip("hatchling", reason='needs pip install -e ".[dev]"')
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
@@ -97,7 +97,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 
 @pytest.mark.slow
 def test_wheel_trains_alone(wheel, tmp_path):
-    """Unpacked elsewhere, with the extras out of reach; `.ci/wheel` installs it alone."""
+    """The wheel is unpacked elsewhere and no extra can be imported; `.ci/wheel` installs it."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     assert where_it_trains(tmp_path).parent.parent == tmp_path
@@ -121,7 +121,7 @@ def test_version_stands_in_one_place():
 
 
 def unpickles(path):
-    """Names in a file by which a pickle can be loaded."""
+    """Names in a file that can load a pickle."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -1,4 +1,4 @@
-"""What a type checker says of a user's program in strict mode, and of the public types."""
+"""What a type checker says about a user's program in strict mode, and the public types."""
 
 import json
 import os
@@ -72,7 +72,7 @@ tekfac_nnx.find_layers(params, loss_fn, x, norm=1)
 
 @pytest.fixture(scope="module")
 def complaints(tmp_path_factory):
-    """Lines of the two programs that pyright finds fault with."""
+    """The lines of the two programs in which pyright reports an error."""
     folder = tmp_path_factory.mktemp("program")
     body = "".join(f"    {line}\n" for line in MISTAKES.strip().splitlines())
     wrong = (
@@ -94,7 +94,7 @@ def complaints(tmp_path_factory):
 
 
 def test_a_right_program(complaints):
-    """Whatever is left is of other libraries, which are typed in part."""
+    """Errors that remain come from other libraries, which are only partly typed."""
     assert not {line for line in complaints["right.py"] if "tekfac" in line}
 
 
@@ -103,10 +103,10 @@ def test_a_wrong_program(complaints):
 
 
 def test_every_public_type_is_known():
-    """Of all that users may import, parameters and results, as `py.typed` promises."""
+    """All public parameters and results are typed, as `py.typed` promises."""
     tools = pathlib.Path(sys.executable).parent
     command = [str(tools / "pyright"), "--verifytypes", "tekfac_jax", "--ignoreexternal"]
-    # The package is looked for by the first interpreter of the path, whatever --pythonpath says.
+    # Pyright looks for the package with the first interpreter on the path, despite --pythonpath.
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     ended = subprocess.run(
         [*command, "--outputjson"], env=os.environ | {"PATH": path}, capture_output=True, text=True

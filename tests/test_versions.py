@@ -1,4 +1,4 @@
-"""Versions that are promised: pyproject.toml says them, and CI and the pages follow."""
+"""The supported versions in pyproject.toml are those of CI and of the pages."""
 
 import re
 import subprocess

@@ -1,19 +1,19 @@
-"""A program that needs the package and nothing of its extras: it imports all modules and trains.
+"""A program that needs none of the package's extras: it imports all modules and trains.
 
-It prints where the package lies.
+It prints the location of the package.
 """
 
 import importlib
 import pkgutil
 import sys
 
-# What the extras install, as it is imported; not what jax and flax need themselves.
+# The import names of what the extras install, except what jax and flax need themselves.
 OPTIONAL = ["matplotlib", "PIL", "sklearn", "beartype", "chex", "hypothesis", "pytest", "mkdocs"]
 
 
 def main() -> None:
-    """Ends with an error where an extra is needed, or where a step does not lower the loss."""
-    sys.modules |= dict.fromkeys(OPTIONAL)  # an import of None fails
+    """Fails if an extra is needed, or if a step does not lower the loss."""
+    sys.modules |= dict.fromkeys(OPTIONAL)  # importing such a name fails
 
     import tekfac_jax as tekfac
 

@@ -1,13 +1,17 @@
-"""Statistics from the model's own labels, against the Gauss-Newton matrix."""
+"""Statistics from the model's own distribution, against the Gauss-Newton matrix."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import tekfac_jax as tekfac
+from tekfac_jax._curvature.chunks import sum_over_examples
+from tekfac_jax._curvature.dense import exact_factors
 from tekfac_jax._layers.matrices import to_matrices
+from tests import oracles
 from tests.capturing import (
     EXACT,
     Net,
@@ -18,10 +22,11 @@ from tests.capturing import (
     relative_error,
     x64,
 )
+from tests.oracles import MONTE_CARLO_SIGMAS, every_case, make_case, relative
 
 
 class Fixed(NamedTuple):
-    """A likelihood of the user's own: unit-variance normal, labels known in advance."""
+    """A user-defined likelihood: a unit-variance normal whose labels are known in advance."""
 
     targets: jax.Array
 
@@ -33,7 +38,7 @@ class Fixed(NamedTuple):
         return self.targets
 
 
-# name -> (likelihood, shape of the input)
+# name -> (likelihood, input shape)
 _LIKELIHOODS = {
     "categorical": (tekfac.Categorical(), (5, 4)),
     "categorical positions": (tekfac.Categorical(), (5, 2, 4)),
@@ -78,7 +83,7 @@ def test_sampled_labels(name):
 @pytest.mark.slow
 @x64
 def test_reduced_statistics_of_sampled_labels():
-    """The same labels, contracted in the backward pass: the sums of the raw statistics."""
+    """With the same labels, reduced statistics are the sums of the raw ones."""
     predict, params, x, layers = fisher_case((5, 2, 4))
     options = {"likelihood": tekfac.Categorical(), "has_aux": True}
     tx = tekfac.scale_by_tekfac(layers, factor_interval=1, rescaling_interval=1)
@@ -108,7 +113,7 @@ def test_reduced_statistics_of_sampled_labels():
 
 
 def output_fisher(likelihood, outputs):
-    """Hessian of the expected −log p of one example: [outputs, outputs]."""
+    """Hessian of one example's expected −log p, [outputs, outputs]."""
 
     def at(moved):
         if isinstance(likelihood, tekfac.Categorical):
@@ -189,3 +194,64 @@ def test_fisher_stats_errors():
         tekfac.fisher_stats(predict, params, likelihood=tekfac.Bernoulli())(
             params, x, key=jax.random.key(0)
         )
+
+
+# --- the generalized Gauss-Newton matrix ---------------------------------------------------------
+
+
+def _generalized_gauss_newton(case):
+    """E[Jᵀ H J] of the case's layer, where H is the Hessian of the loss at the outputs."""
+    jacobian = jax.jacobian(case.outputs)(case.params, case.x)[case.path]
+    outputs = case.outputs(case.params, case.x)
+    n, k = len(case.x), outputs.shape[-1]
+    names = ["kernel", "bias"] if "bias" in jacobian else ["kernel"]
+    parts = [np.asarray(jacobian[name]).reshape(n, outputs[0].size // k, k, -1) for name in names]
+    j = np.concatenate(parts, axis=-1)
+    p = np.asarray(jax.nn.softmax(outputs)).reshape(n, -1, k)
+    h = np.einsum("ntk,kl->ntkl", p, np.eye(k)) - np.einsum("ntk,ntl->ntkl", p, p)
+    return np.einsum("ntkp,ntkl,ntlq->pq", j, h, j) / n
+
+
+@pytest.mark.slow
+@x64
+@every_case
+def test_exact_fisher_is_the_generalized_gauss_newton_matrix(name):
+    case = make_case(name)
+    layers = case.layers()
+    stats_fn = tekfac.fisher_stats(
+        case.outputs, layers, likelihood=tekfac.Categorical(), estimator="exact"
+    )
+    grads, _ = case.grads_and_stats(layers)
+    _, state = oracles.one_update(case, "tekfac", grads, stats_fn(case.params, case.x))
+    c = tekfac.curvature(state)[case.path]
+    f = _generalized_gauss_newton(case)
+    q = np.kron(c.q_phi, c.q_psi)
+    assert relative(c.theta.ravel(), np.diag(q.T @ f @ q)) <= 1e-10
+    phi, psi = oracles.partial_traces(f, *c.theta.shape)
+    assert relative(c.phi, phi / np.trace(f)) <= 1e-10
+    assert relative(c.psi, psi / np.trace(f)) <= 1e-10
+
+
+@pytest.mark.slow
+@x64
+@pytest.mark.parametrize("name", ["dense", "dense positions", "conv strided"])
+def test_sampled_fisher_tends_to_the_generalized_gauss_newton_matrix(name):
+    case, draws = make_case(name), 2000
+    layers = case.layers()
+    spec = layers[case.path]
+    stats_fn = tekfac.fisher_stats(case.outputs, layers, likelihood=tekfac.Categorical())
+
+    def squared_norm(key):
+        stats = stats_fn(case.params, case.x, key=key)
+        total = sum_over_examples(
+            exact_factors, spec, stats.layers[case.path], stats.scale, jnp.float64
+        )
+        return jnp.diagonal(total.psi) / len(case.x)
+
+    samples = np.asarray(
+        jax.lax.map(jax.jit(squared_norm), jax.random.split(jax.random.key(0), draws))
+    )
+    f = _generalized_gauss_newton(case)
+    _, psi = oracles.partial_traces(f, spec.in_dim, spec.out_dim)
+    error = np.abs(samples.mean(axis=0) - np.diag(psi))
+    assert np.all(error <= MONTE_CARLO_SIGMAS * samples.std(axis=0) / np.sqrt(draws))

@@ -1,4 +1,4 @@
-"""The support matrix: every kind of model, each layer against the gradients of single examples."""
+"""The support matrix: for every kind of model, each layer against per-example gradients."""
 
 import re
 from pathlib import Path
@@ -71,7 +71,7 @@ def test_every_model_trains(name):
         return losses(params, x).mean()
 
     layers = tekfac.find_layers(loss, params, x)
-    # No momentum: on one full batch it swings through the minimum, and may end anywhere.
+    # No momentum: on one full batch it overshoots the minimum and may end anywhere.
     tx = tekfac.tekfac(
         0.02, layers, momentum=0.0, factor_interval=2, eigenbasis_interval=2, rescaling_interval=2
     )

@@ -1,4 +1,4 @@
-"""Statistics contracted in the backward pass: the sums of the raw ones, in less memory."""
+"""Statistics contracted in the backward pass equal the sums of the raw ones, in less memory."""
 
 import dataclasses
 
@@ -54,7 +54,7 @@ def batch_of_words(shape):
     + [("MLP", "plain"), ("U-Net", "location"), ("LSTM language model", "plain")],
 )
 def test_sums_are_those_of_the_raw_statistics(name, factors):
-    """Also of layers that are called several times, and of recurrent ones."""
+    """Includes layers that are called several times, and recurrent layers."""
     case = Case(name)
     tx = tekfac.scale_by_tekfac(case.layers, factors="location")
 
@@ -84,7 +84,7 @@ def test_sums_are_those_of_the_raw_statistics(name, factors):
 
 
 def by_hand(function, params, x, state, count):
-    """Value, gradient and statistics of micro-batches, added up by a loop."""
+    """Value, gradient and statistics of micro-batches, summed in a loop."""
     parts = [function(params, part, opt_state=state) for part in jnp.split(x, count)]
     total = parts[0]
     for part in parts[1:]:
@@ -137,7 +137,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name, accumulate):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCALE_BY)
 def test_update_with_reduced_statistics(name):
-    """Θ is there from the second step on, measured in the basis of the first."""
+    """Θ exists from the second step on, measured in the basis of the first."""
     case = Case()
     measured = name in ("tekfac", "ekfac")
     factors = "plain" if name in ("ekfac", "kfac") else "exact"
@@ -151,7 +151,7 @@ def test_update_with_reduced_statistics(name):
         valid = step > 0 or not measured
         changed = np.abs(updates["Dense_0"]["kernel"] - grads["Dense_0"]["kernel"]).max() > 1e-6
         assert changed == valid
-    # The same batch again and again: the same as with raw statistics.
+    # With the same batch at each step, the result is that of raw statistics.
     raw_state = tx.init(case.params)
     for _ in range(3):
         _, grads, stats = case.function()(case.params, case.x)
@@ -162,7 +162,7 @@ def test_update_with_reduced_statistics(name):
 
 @pytest.mark.slow
 def test_running_rescaling_with_reduced_statistics():
-    """Θ comes from the gradient; the size of its batch is given."""
+    """Θ comes from the gradient, and the caller gives its batch size."""
     case = Case()
     tx = tekfac.scale_by_tekfac(case.layers, rescaling="running", damping=0.1)
     _, grads, raw = case.function()(case.params, case.x)
@@ -177,7 +177,7 @@ def test_running_rescaling_with_reduced_statistics():
 @pytest.mark.sampled
 @pytest.mark.parametrize("examples", [None, 2])
 def test_raw_statistics_that_were_added_up_are_refused(examples):
-    """Their sum means nothing, also where few examples count; the state says so."""
+    """Their sum is meaningless, even with `examples=`; the state reports it."""
     case = Case()
     _, grads, stats = case.function(examples=examples)(case.params, case.x)
     tx = tekfac.scale_by_tekfac(case.layers)
@@ -205,7 +205,7 @@ def test_when_it_is_not_due_nothing_is_contracted():
         )
         updates, state = jax.jit(tx.update)(grads, state, stats=stats)
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
-    # A refresh that is due, but for which nothing was contracted, leaves the curvature alone.
+    # If a refresh is due but nothing was contracted, the curvature stays as it is.
     nothing = function(case.params, case.x, opt_state=state, when=False)[2]
     before = state._replace(count=jnp.int32(6))
     _, after = jax.jit(tx.update)(grads, before, stats=nothing)
@@ -224,7 +224,7 @@ class Block(nn.Module):
 
 
 def test_memory_of_a_deep_scan():
-    """Sixteen layers with remat: raw statistics undo the saving, reduced ones do not."""
+    """Sixteen layers with remat: raw statistics undo its saving, reduced ones do not."""
 
     class Deep(nn.Module):
         @nn.compact
@@ -252,7 +252,7 @@ def test_memory_of_a_deep_scan():
     raw = bytes_of(tekfac.value_grad_and_stats(loss, layers), params, x)
     function = tekfac.value_grad_and_stats(loss, layers, mode="reduced")
     reduced = bytes_of(function, params, x, opt_state=state)
-    # What the statistics themselves take is the size of the curvature, and due to them anyway.
+    # Reduced statistics are as large as the curvature; that much they need in any case.
     statistics = sum(u["factors"] + u["rescaling"] for u in tekfac.memory_usage(state).values())
     assert raw > 3 * plain
     assert reduced - statistics <= 1.5 * plain

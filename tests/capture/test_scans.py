@@ -1,4 +1,4 @@
-"""Layers side by side in one parameter, and layers that a scan repeats, against brute force."""
+"""Layers stacked in one parameter, and layers that a scan repeats, against brute force."""
 
 import functools
 
@@ -25,7 +25,7 @@ from tests.oracles import SCALE_BY
 
 
 def scan(cell, axis=0, length=3, **options):
-    """`nn.scan` over layers: each iteration has parameters of its own."""
+    """`nn.scan` over layers: each iteration has its own parameters."""
     return nn.scan(
         cell, variable_axes={"params": axis}, split_rngs={"params": True}, length=length, **options
     )
@@ -89,7 +89,7 @@ def ensemble(x, **options):
 
 
 def split_ensemble(x):
-    """Every member has inputs of its own, and the batch is not in front."""
+    """Every member has its own inputs, and the batch axis is not the first."""
     x = jnp.stack([x, 2 * x], axis=1)
     return vmapped(nn.Dense, in_axes=1, out_axes=1)(3)(x).sum(axis=1)
 
@@ -102,7 +102,7 @@ def simple_cell(x):
     return nn.SimpleCell(3, param_dtype=x.dtype)
 
 
-# name -> (what builds the outputs, shape of the input, lead of the layers that have one)
+# name -> (function that builds the outputs, input shape, `lead` of the layers that have one)
 _MODELS = {
     "scan": (lambda x: scan(Cell)()(start(x), None)[0], (5, 4), (3,)),
     "scan, remat": (lambda x: scan(nn.remat(Cell))()(start(x), None)[0], (5, 4), (3,)),
@@ -161,7 +161,7 @@ def test_stacked_and_repeated_layers_are_exact(name):
 
 @x64
 def test_user_level_scan_over_stacked_parameters():
-    """An ensemble that `lax.scan` or `jax.vmap` runs over, outside of the model."""
+    """An ensemble, run by `lax.scan` or `jax.vmap` outside the model."""
     model, x = Net(lambda x: nn.Dense(2)(jnp.tanh(nn.Dense(4)(x)))), randn(5, 3)
     params = random_params(model, x)
     stacked = jax.tree.map(lambda p: jnp.stack([p, 2 * p, 3 * p]), params)
@@ -181,7 +181,7 @@ def test_user_level_scan_over_stacked_parameters():
 
 
 class Stack(nn.Module):
-    """Three stacked layers, or (for the oracle) the same three one after the other."""
+    """Three stacked layers, or (for the oracle) the same three as separate layers."""
 
     together: bool
 
@@ -206,7 +206,7 @@ class Block(nn.Module):
 @x64
 @pytest.mark.parametrize("name", SCALE_BY)
 def test_stacked_layers_train_as_separate_ones(name):
-    """Updates, curvature and diagnostics are those of the layers one after the other."""
+    """Updates, curvature and diagnostics are those of separate layers."""
     x = randn(9, 4)
     stack, apart = Stack(together=True), Stack(together=False)
     params = random_params(stack, x)["blocks"]
@@ -249,7 +249,7 @@ def test_stacked_layers_train_as_separate_ones(name):
 
 @pytest.mark.slow
 def test_one_bad_member_leaves_the_others_alone():
-    """A layer of the stack with NaN keeps its last curvature; its neighbours go on."""
+    """A layer of the stack that gets a NaN is held back; the others are updated."""
     model, x = Net(ensemble), randn(6, 4)
     params = random_params(model, x)
 
@@ -275,7 +275,7 @@ def test_one_bad_member_leaves_the_others_alone():
     kernel, grad = (tree[path.split("/")[0]]["kernel"] for tree in (updates, grads))
     np.testing.assert_array_equal(kernel[1], grad[1])
     np.testing.assert_array_equal(kernel[0], good_updates[path.split("/")[0]]["kernel"][0])
-    # The next good batch makes up for it, and is no second average for the others.
+    # The next good batch gives the bad member its basis.
     _, state = update(stats, state._replace(count=jnp.int32(7)))
     assert state.layers[path].basis_valid.all()
     assert tekfac.check_state(state, layers) == ""

@@ -1,4 +1,4 @@
-"""What cannot be captured is listed with its reason, or refused; it is never wrong."""
+"""What cannot be captured is listed with a reason, or refused; it is never captured wrongly."""
 
 import functools
 import re
@@ -32,9 +32,9 @@ class Case(NamedTuple):
     """A loss with one covered layer, "plain", and parameters that cannot be covered.
 
     Attributes:
-        build: makes a network's outputs from its input.
+        build: function that computes a network's outputs from its input.
         uncovered: regex on the parameter path -> regex on the reason.
-        losses: (apply, params, x) -> a loss for each example.
+        losses: (apply, params, x) -> the loss of each example.
     """
 
     build: Callable[[Any], Any]
@@ -44,7 +44,7 @@ class Case(NamedTuple):
 
 
 def then(*layers):
-    """Those layers, and an ordinary Dense layer at the end."""
+    """These layers, followed by an ordinary Dense layer."""
     return lambda x: nn.Dense(2, name="plain")(
         functools.reduce(lambda x, f: jnp.tanh(f(x)), layers, x)
     )
@@ -77,7 +77,7 @@ class Conditional(nn.Module):
     @nn.compact
     def __call__(self, x):
         branch = nn.Dense(4)
-        branch(x)  # makes the parameters
+        branch(x)  # creates the parameters
         return nn.cond(x.sum() > 0, lambda m, x: m(x), lambda m, x: -m(x), branch, x)
 
 
@@ -96,7 +96,7 @@ class Looped(nn.Module):
 
 
 def looped(x):
-    # Only the forward pass: nothing can be differentiated through a while loop.
+    # Only the forward pass: a while loop cannot be differentiated in reverse.
     return x + jax.lax.stop_gradient(Looped(name="odd")(jax.lax.stop_gradient(x)))
 
 
@@ -106,7 +106,7 @@ def tied_embedding(x):
 
 
 def retie(change):
-    """Applies the model with "odd"'s parameters changed first."""
+    """Applies the model after changing the parameters of "odd"."""
 
     def losses(apply, params, x):
         return losses_of(apply({"params": {**params, "odd": change(params["odd"])}}, x))
@@ -125,7 +125,7 @@ def two_paths(apply, params, x):
 
 @jax.custom_jvp
 def double_gradient(x):
-    """The same numbers, but not the same derivative: no copy."""
+    """The identity with a doubled derivative, so not a copy."""
     return x
 
 
@@ -278,7 +278,7 @@ def test_uncovered_layers_are_listed_with_a_reason(name):
     layers = tekfac.find_layers(loss, params, x)
     reasons = dict(layers.uncovered)
     assert "plain" in layers
-    if name == "two paths":  # further positions of one layer, and exact as such
+    if name == "two paths":  # further positions of one layer, captured exactly
         assert "odd" in layers
     else:
         for pattern, reason in case.uncovered.items():
@@ -313,7 +313,7 @@ def loop_over(f):
     )
 
 
-# name -> (transformation of (params, x) -> outputs, what the refusal says)
+# name -> (transformation of (params, x) -> outputs, the error message)
 _AROUND = {
     "vmap": (lambda f: lambda p, x: jax.vmap(lambda x: f(p, x[None])[0])(x), "vmap"),
     "vmap of one example": (lambda f: jax.vmap(f, in_axes=(None, 0)), "vmap|batch axis"),
@@ -360,7 +360,7 @@ def test_transformations_that_hide_the_layers_are_refused(name):
     ],
 )
 def test_derivatives_inside_the_loss_are_refused(name, refused):
-    """And vmap over something else than the layers' inputs is exact."""
+    """A vmap over something other than the layers' inputs is exact."""
     model, x = Net(mlp), randn(5, 4)
     params = random_params(model, x)
 

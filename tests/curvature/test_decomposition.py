@@ -1,4 +1,4 @@
-"""Eigenbases updated from the one before, against `eigh`."""
+"""Eigenbases that are updated from the previous one, against `eigh`."""
 
 import functools
 
@@ -21,16 +21,16 @@ from tekfac_jax._curvature.decomposition import (
 )
 from tests import oracles
 from tests.capturing import x64
-from tests.devices.test_sharing import Network, assert_same, mesh_of, needs_devices
 from tests.oracles import make_case, one_update, relative
+from tests.sharing import Network, assert_same, mesh_of, needs_devices
 
 TRUE = jnp.array(True)
-dims = st.sampled_from([3, 7, 12, 24])  # few shapes: each is a compilation
+dims = st.sampled_from([3, 7, 12, 24])  # few shapes, since each is compiled
 update = jax.jit(updated_eigenvectors)
 
 
 def factor(values, seed):
-    """A symmetric matrix with these eigenvalues, and its eigenvectors, both ascending."""
+    """A symmetric matrix with these eigenvalues, and its eigenvectors in ascending order."""
     q = oracles.random_orthogonal(seed, len(values))
     order = np.argsort(values)
     values, q = np.asarray(values, float)[order], q[:, order]
@@ -42,14 +42,14 @@ def decaying(d, seed):
 
 
 def turned(q, angle, seed):
-    """The basis after a random rotation by about so many radians."""
+    """The basis after a random rotation by about `angle` radians."""
     noise = np.random.default_rng(seed).normal(size=(len(q), len(q)))
     skew = angle * (noise - noise.T) / np.sqrt(2 * len(q))
     return jnp.asarray(scipy.linalg.expm(skew) @ np.asarray(q))
 
 
 def count_calls(monkeypatch, name):
-    """Of a function of `jnp.linalg`, at run time."""
+    """Counts the calls of a function of `jnp.linalg` at run time."""
     calls, function = [], getattr(jnp.linalg, name)
 
     def counted(*args, **options):
@@ -70,7 +70,7 @@ def count_calls(monkeypatch, name):
     seed=st.integers(0, 99),
 )
 def test_an_update_is_a_basis_within_the_tolerance(d, share, angle, seed):
-    """Whatever came before: columns orthonormal, values ascending, mass nearly `eigh`'s."""
+    """From any previous basis: orthonormal columns, ascending values, nearly the mass of `eigh`."""
     r = max(1, round(share * d))
     phi, q = decaying(d, seed)
     old = turned(q, angle, seed)[:, d - r :]
@@ -79,7 +79,7 @@ def test_an_update_is_a_basis_within_the_tolerance(d, share, angle, seed):
     assert float(residual(phi, new)) <= TOLERANCE + 1e-12
     kept, best = (np.trace(np.asarray(b).T @ phi @ b) for b in (new, q[:, d - r :]))
     assert float(best) >= float(kept) - 1e-12
-    # Each of the r directions may be off by as much as the residual says.
+    # Each of the r directions may be off by the residual.
     assert float(kept) >= float(best) - r * TOLERANCE * float(jnp.linalg.norm(phi))
 
 
@@ -129,7 +129,7 @@ def test_where_passes_do_not_suffice_it_is_eigh(r, valid, monkeypatch):
 @settings(deadline=None, max_examples=20)
 @given(d=st.sampled_from([6, 13, 24]), seed=st.integers(0, 99))
 def test_a_large_eigenvalue_that_grows_outside_is_found(d, seed):
-    """Orthogonal to all that is kept, where the residual of the old basis is zero."""
+    """It is orthogonal to all kept columns, so that the old basis has a residual of zero."""
     r = d // 3
     phi, q = decaying(d, seed)
     old, other = q[:, d - r :], q[:, 0]
@@ -142,7 +142,7 @@ def test_a_large_eigenvalue_that_grows_outside_is_found(d, seed):
 @x64
 @pytest.mark.parametrize("r", [2, 6])
 def test_extreme_factors(r):
-    """Scales that overflow a square, zero, and what is not a number."""
+    """Scales whose squares overflow, zero, and NaN."""
     phi, q = decaying(6, 0)
     old = q[:, 6 - r :]
     for scale in (1e30, 1e-30):
@@ -187,7 +187,7 @@ def test_when_the_basis_before_is_of_use(method, dim, rank, expected):
 
 @functools.cache
 def states_of(name, eigenbasis, rank, steps=5):
-    """After steps on curvature that moves a little."""
+    """The states after steps in which the curvature changes a little."""
     case = make_case(name)
     layers = case.layers()
     tx = tekfac.scale_by_tekfac(
@@ -210,7 +210,7 @@ def states_of(name, eigenbasis, rank, steps=5):
 @pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("name", ["dense", "conv strided", "conv dilated no bias"])
 def test_updated_bases_train_as_new_ones_do(name, rank):
-    """Whole operators agree within what the tolerance allows; the trace agrees to rounding."""
+    """The operators agree within the tolerance, their traces up to rounding."""
     path = make_case(name).path
     (updates, state), (other_updates, other) = (
         states_of(name, method, rank) for method in ("subspace", "eigh")

@@ -1,4 +1,4 @@
-"""Embeddings against brute force: dense gradients of each example, dense Fisher, dense solve."""
+"""Embeddings against brute force: dense per-example gradients, Fisher matrices and solves."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ every_sibling = pytest.mark.parametrize("sibling", SCALE_BY)
 
 
 class Reader(nn.Module):
-    """Words to numbers; with positions the mean over them, after something that is not linear."""
+    """Looks words up and applies a nonlinearity; sums over positions, if there are any."""
 
     @nn.compact
     def __call__(self, ids):
@@ -36,7 +36,7 @@ class Reader(nn.Module):
 
 
 class Writer(nn.Module):
-    """The table is read, unless it is a head alone, and attended: scores for each row."""
+    """Attends to a table (a score for each row) that is also read, unless it is only a head."""
 
     reads: bool = True
 
@@ -50,7 +50,7 @@ class Writer(nn.Module):
 
 
 class Several(nn.Module):
-    """Two networks with tables of their own."""
+    """Two networks, each with its own table."""
 
     kind: type
 
@@ -64,7 +64,7 @@ class Several(nn.Module):
 
 
 class Case:
-    """A network of one embedding that is looked at, and G_n of it: [N, *lead, rows, width]."""
+    """A network, one of its embeddings, and that embedding's G_n, [N, *lead, rows, width]."""
 
     def __init__(self, name):
         shape = SHAPES[name]
@@ -73,7 +73,7 @@ class Case:
         if name == "head alone":
             self.model = Writer(reads=False)
         self.path = "both/words" if "ensemble" in name else "words"
-        # Row 6 is never named, 0 often, and twice in one example.
+        # Row 6 never occurs; row 0 occurs often, and twice in one example.
         self.ids = np.random.default_rng(0).integers(0, ROWS - 1, shape) % 4
         self.ids[-1] = 5
         self.params = random_params(self.model, self.ids)
@@ -98,10 +98,10 @@ class Case:
         return np.asarray(self.table(grads))
 
     def plain_factors(self):
-        """KFAC's A (diagonal) and U: what each row met, what each column met, use by use.
+        """KFAC's A (diagonal) and U, over all uses of the table.
 
-        Where the table is read the row meets a 1 and the columns the gradient; where it is
-        attended the row meets the gradient of its score, the columns the query.
+        Where the table is read, the row gets a 1 and the columns the gradient; where it is
+        attended, the row gets the gradient of its score and the columns the query.
         """
         _, _, stats = tekfac.value_grad_and_stats(self.loss, self.layers)(self.params, self.ids)
         lead, n = self.layers[self.path].lead, len(self.ids)
@@ -119,7 +119,7 @@ class Case:
         return phi, psi / positions
 
     def update(self, sibling="tekfac", layers=None, **options):
-        """One update: the table's direction, its gradient, and its curvature."""
+        """One update: the table's update, gradient and curvature."""
         layers = self.layers if layers is None else layers
         _, grads, stats = jax.jit(tekfac.value_grad_and_stats(self.loss, layers))(
             self.params, self.ids
@@ -164,7 +164,7 @@ def test_curvature_is_that_of_the_dense_gradients(name, sibling):
         assert relative(actual.psi, psi / delta[..., None, None]) <= EXACT
         product = delta[..., None, None]
     else:
-        if case.layers[case.path].attended:  # A and U are held against the oracle below
+        if case.layers[case.path].attended:  # A and U are compared with the oracle below
             phi, psi = case.plain_factors()
             counts = phi / phi.sum(axis=-1, keepdims=True)
             assert (
@@ -204,7 +204,7 @@ def test_update_is_the_dense_solve(name):
 @x64
 @every_case
 def test_trace_is_that_of_the_fisher(name):
-    """ΣΘ = δ = tr F with exact factors, and with location factors where there is one position."""
+    """ΣΘ = δ = tr F with exact factors, and for one position also with location factors."""
     case = Case(name)
     trace = (case.per_example() ** 2).sum(axis=(-2, -1)).mean(axis=0)
     _, _, curvature = case.update()
@@ -232,7 +232,7 @@ def test_rows_may_be_counted_from_the_end(name):
 
 
 def test_nothing_is_as_large_as_the_square_of_the_rows():
-    """A vocabulary of 100,000: its square would be 40 GB."""
+    """With a vocabulary of 100,000 a square matrix would take 40 GB."""
     model = nn.Embed(100_000, 8)
     ids = jnp.arange(12).reshape(3, 4)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), ids))["params"]
@@ -257,7 +257,7 @@ def test_nothing_is_as_large_as_the_square_of_the_rows():
 
 @pytest.mark.slow
 def test_training_with_momentum_and_clip():
-    """The ready optimizer takes the table as one of its own."""
+    """The ready optimizer treats the table like any captured layer."""
     case = Case("sentences")
     tx = tekfac.tekfac(0.1, case.layers, factor_interval=2, rescaling_interval=2)
     step = jax.jit(tekfac.value_grad_and_stats(case.loss, case.layers))
@@ -280,7 +280,7 @@ def test_training_with_momentum_and_clip():
 @x64
 @pytest.mark.parametrize("name", ["tied", "tied ensemble", "head alone"])
 def test_reduced_statistics_of_a_tied_table(name):
-    """Both uses add up as the gradient of an example before anything is squared."""
+    """Both uses are summed to the example's gradient before anything is squared."""
     case = Case(name)
     tx = tekfac.scale_by_tekfac(case.layers, factor_interval=1, rescaling_interval=1)
 

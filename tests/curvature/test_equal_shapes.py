@@ -1,4 +1,4 @@
-"""Layers of equal shapes in one batched operation, as on GPU: the same numbers as one by one."""
+"""Layers of equal shape in one batched operation, as on GPU, give the numbers of single ones."""
 
 import flax.linen as nn
 import jax
@@ -16,12 +16,12 @@ BEHIND_A_SOLVE = 1e-9
 
 @pytest.fixture
 def stacked(monkeypatch):
-    """As on GPU, but for LAPACK's batched calls: those may deadlock on CPU."""
+    """As on GPU, except for LAPACK's batched calls, which may deadlock on CPU."""
     monkeypatch.setattr(equal_shapes, "on_cpu", lambda: False)
 
 
 def equal_layers(x):
-    """Convolutions and Dense layers, two or three of each shape, a norm of each size."""
+    """Convolutions and dense layers, two or three of each shape, and a norm of each size."""
     for k in range(3):
         x = jnp.tanh(nn.Conv(4, (2, 2), name=f"conv{k}")(x))
     x = nn.LayerNorm(name="norm0")(x).reshape(len(x), -1, 4)
@@ -89,7 +89,7 @@ def test_together_and_one_by_one(scale_by, intervals, options, monkeypatch):
 
 
 def decompositions(monkeypatch, **options):
-    """The shapes of the factors that are decomposed in one call each."""
+    """The shape of the factors in each call that decomposes."""
     shapes, real = [], refresh.eigenvectors
 
     def counted(factor, mine=None):
@@ -105,8 +105,8 @@ def decompositions(monkeypatch, **options):
 @pytest.mark.usefixtures("stacked")
 def test_equal_factors_are_one_call(monkeypatch):
     shapes = decompositions(monkeypatch)
-    # Φ of three convolutions, of two Dense layers and the head; Ψ of all with 4 outputs, of the
-    # head, of the norms (one number for each feature) and their blocks.
+    # Φ of three convolutions, of two dense layers and the head; Ψ of all layers with 4 outputs and
+    # of the head; for the norms Φ (2×2 blocks) and Ψ (one number for each feature).
     assert sorted(shapes) == sorted(
         [(3, 17, 17), (3, 5, 5), (6, 4, 4), (3, 3), (2, 4, 2, 2), (2, 4, 1, 1)]
     )
@@ -149,7 +149,7 @@ def test_by_shape_stacks_only_what_is_equal():
     ones = {k: jnp.full(shape, float(n)) for n, (k, shape) in enumerate(
         {"a": (2,), "b": (3,), "c": (2,), "d": (2,)}.items())}  # fmt: skip
     arguments: dict = {k: (x, None) for k, x in ones.items()}
-    arguments["d"] = (ones["d"], ones["d"])  # another structure
+    arguments["d"] = (ones["d"], ones["d"])  # of another structure
     found = equal_shapes.by_shape(double, arguments)
     assert sorted(calls) == [(2,), (2, 2), (3,)]
     assert list(found) == list(arguments)

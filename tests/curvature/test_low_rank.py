@@ -1,4 +1,4 @@
-"""A basis of few columns: Θ in them, its mean outside, against dense operators in float64."""
+"""A basis of few columns, with Θ in them and its mean outside, against dense operators."""
 
 import functools
 
@@ -15,8 +15,8 @@ from tekfac_jax._curvature.dense import squared_norms
 from tekfac_jax._curvature.eigenbasis import outside, precondition, rotate, transport
 from tests import oracles
 from tests.capturing import Net, losses_of, random_params, relative_error, x64, x64_standard
-from tests.devices.test_sharing import Network, assert_same, mesh_of, needs_devices
 from tests.oracles import CASE_NAMES, SCALE_BY, make_case, per_example_matrices, relative
+from tests.sharing import Network, assert_same, mesh_of, needs_devices
 
 EXACT = 1e-12
 sizes = st.integers(1, 7)
@@ -109,7 +109,7 @@ def truncated(name, sibling="tekfac", rank=2, **options):
 @every_case
 @every_sibling
 def test_what_a_network_holds(name, sibling):
-    """The trace is the whole operator's, Θ its diagonal, θ⊥ the mean of the rest; few columns."""
+    """The trace is that of F, Θ is its diagonal in the columns, and θ⊥ is the mean of the rest."""
     _, state, found = truncated(name, sibling)
     whole = oracles.curvature_of(name, sibling)
     (i, o), (r, p) = whole.theta.shape, found.theta.shape
@@ -133,7 +133,7 @@ def test_what_a_network_holds(name, sibling):
 @x64
 @every_case
 def test_the_mean_is_the_best_scalar(name):
-    """Of all scalars θ⊥ is nearest to the Fisher block; fewer columns are worse."""
+    """No other scalar than θ⊥ is nearer to the Fisher block; fewer columns are worse."""
     _, _, found = truncated(name)
     f = oracles.fisher(per_example_matrices(name))
 
@@ -152,7 +152,7 @@ def test_the_mean_is_the_best_scalar(name):
 @every_case
 @pytest.mark.parametrize("pair", [("tekfac", "tkfac"), ("ekfac", "kfac")])
 def test_what_stays_of_the_theorem(name, pair):
-    """‖F−F̂‖² = ‖F‖² − ‖Θr‖² − (IO−rp)θ⊥², and so no other diagonal, nor a product, is nearer."""
+    """‖F−F̂‖² = ‖F‖² − ‖Θr‖² − (IO−rp)θ⊥², so no other diagonal or product is nearer."""
     measured, product = (truncated(name, sibling)[2] for sibling in pair)
     f = oracles.fisher(per_example_matrices(name))
 
@@ -172,7 +172,7 @@ def test_what_stays_of_the_theorem(name, pair):
 @x64
 @every_case
 def test_bounds_of_an_update(name):
-    """‖ΔW‖ ≤ ‖G‖/λ and ⟨G, ΔW⟩ > 0; with trace damping a loss × c divides the update by c."""
+    """‖ΔW‖ ≤ ‖G‖/λ and ⟨G, ΔW⟩ > 0; with trace damping, c times the loss gives 1/c the update."""
     case = make_case(name)
     grads, stats = case.grads_and_stats()
     g = np.asarray(oracles.matrix(grads[case.path]))
@@ -213,7 +213,7 @@ def test_all_columns_are_the_full_basis(rank):
 
 @x64
 def test_running_rescaling():
-    """N times the squared mean gradient, in the columns and outside."""
+    """Θ is N times the squared mean gradient, in the columns and outside them."""
     case = make_case("dense")
     _, _, found = truncated("dense", rescaling="running")
     grads, _ = case.grads_and_stats()
@@ -231,14 +231,14 @@ class Block(nn.Module):
 
 
 def words(ids):
-    """Stacked layers, norms, and a table that is read and attended."""
+    """Stacked layers, norms, and a table that is both read and attended."""
     table = nn.Embed(9, 6, name="table")
     blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     return table.attend(blocks(name="blocks")(table(ids), None)[0])
 
 
 def reader(ids):
-    """A table that is read only, and a grouped convolution."""
+    """A table that is only read, and a grouped convolution."""
     x = nn.Conv(6, (2,), feature_group_count=2, name="conv")(nn.Embed(9, 6, name="table")(ids))
     return nn.Dense(3)(jnp.tanh(x).reshape(len(x), -1))
 
@@ -247,7 +247,7 @@ def reader(ids):
 @x64_standard
 @pytest.mark.parametrize("build", [words, reader])
 def test_every_kind_of_layer_raw_and_reduced(build):
-    """Traces are those of a full basis; reduced statistics give what raw ones do."""
+    """Traces are those of a full basis; reduced statistics give the result of raw ones."""
     model, ids = Net(build), jnp.asarray(np.random.default_rng(0).integers(0, 9, (7, 4)))
     params = random_params(model, ids)
 

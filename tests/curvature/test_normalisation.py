@@ -1,4 +1,4 @@
-"""Normalisations with norm="unitwise": the scale and bias of each feature, and their 2×2 block."""
+"""Normalisations with norm="unitwise": a 2×2 block for the scale and bias of each feature."""
 
 import re
 
@@ -86,7 +86,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 
 
 class Case:
-    """A network, the layers with norm="unitwise", and g_n of its normalisation by brute force."""
+    """A network, its layers with norm="unitwise", and g_n of the normalisation by brute force."""
 
     def __init__(self, name, zero_scale=False):
         self.model, self.path = CASES[name]
@@ -182,7 +182,7 @@ def test_captures_are_the_pairs_of_each_example(name):
     ],
 )
 def test_curvature_is_the_exact_block(name, sibling):
-    """Each member of the family holds the whole 2×2 Fisher block of each scale-bias pair."""
+    """Every member of the family holds the exact 2×2 Fisher block of each scale-bias pair."""
     case = Case(name)
     _, _, state = case.step(sibling)
     found = tekfac.curvature(state)[case.path]
@@ -203,7 +203,7 @@ def test_update_is_the_solve_with_each_block(sibling, damping):
     case = Case("LayerNorm")
     grads, updates, _ = case.step(sibling, damping=damping, trace_floor=1e-6, damping_scale=0.5)
     blocks = case.blocks()
-    if damping == "trace":  # the mean eigenvalue of all pairs together: they are one layer
+    if damping == "trace":  # the mean eigenvalue over all pairs, since they are one layer
         damping = np.trace(blocks, axis1=-2, axis2=-1).sum() / (2 * len(blocks))
     damped = blocks + 0.5 * damping * np.eye(2)
     g = np.stack([grads["norm"]["scale"], grads["norm"]["bias"]], axis=-1)
@@ -226,7 +226,7 @@ def test_reduced_statistics_are_the_same(name):
 @pytest.mark.slow
 @x64_standard
 def test_a_scale_of_zero_is_captured():
-    """What is scaled is computed from the input: dividing the output by the scale would not do."""
+    """The normalised input is recomputed; dividing the output by the scale would fail here."""
     case = Case("LayerNorm", zero_scale=True)
     assert relative_error(tekfac.curvature(case.step()[2])["norm"].theta.sum(),
                           np.trace(case.blocks(), axis1=-2, axis2=-1).sum()) <= EXACT  # fmt: skip
@@ -256,7 +256,7 @@ def test_batch_norm_in_train_mode_moves_its_averages_and_sums_to_the_gradient():
 
 @pytest.mark.slow
 def test_half_precision():
-    """The input is bfloat16, what is scaled is captured as float32."""
+    """The input is bfloat16; the normalised input is captured in float32."""
     model = norm_of(lambda name: nn.LayerNorm(dtype=jnp.bfloat16, name=name))
     x = randn(6, 3).astype(jnp.bfloat16)
     params = random_params(model, x)
@@ -310,7 +310,7 @@ def test_unknown_option():
 
 @pytest.mark.slow
 def test_the_ready_optimizer_clips_and_decays_it():
-    """The scale is one of the captured parameters: momentum and KL clip see it."""
+    """Momentum and KL clip apply to the scale, since it is captured."""
     case = Case("LayerNorm")
     tx, bare = tekfac.tekfac(0.1, case.layers), tekfac.scale_by_tekfac(case.layers)
 
@@ -435,7 +435,7 @@ def test_a_dead_feature_leaves_the_others_in_the_kl_clip():
 
     grads, updates, state = run(params, case.x)
     assert not np.any(grads["norm"]["scale"][0])
-    # Clipped: η² ⟨ΔW, G⟩ over all that is preconditioned, the normalisation with it, is at most κ².
+    # The clip bounds η² ⟨ΔW, G⟩ over all captured layers, the normalisation included.
     clip = float(tekfac.diagnostics(state)["kl_clip"])
     products = jax.tree.map(lambda g, u: float((g * -u).sum()), grads, updates)
     assert sum(jax.tree.leaves(products)) * clip <= 1.01e-3

@@ -1,4 +1,4 @@
-"""Steps under `vmap`, `pmap` and `shard_map`: the numbers of one device, or of a loop."""
+"""Steps under `vmap`, `pmap` and `shard_map` give the numbers of a loop, or of one device."""
 
 import functools
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 def stacked(x):
-    """Layers stacked by a scan, with remat, and a normalisation in each of them."""
+    """Layers stacked by a scan, with remat and a normalisation in each."""
     blocks = nn.scan(
         nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
     )
@@ -40,7 +40,7 @@ def stacked(x):
 
 
 def tied(x):
-    """Words, read and scored with one table."""
+    """Words that are read and scored with the same table."""
     table = nn.Embed(5, 4)
     ids = (jnp.abs(x[:, :3]) * 3).astype(jnp.int32) % 5
     return table.attend(jnp.tanh(nn.Dense(4)(table(ids))))
@@ -95,7 +95,7 @@ def _pmap(step):
 
 
 def _divide(grads, axis_name):
-    """With `check_vma` JAX itself adds up the gradients of replicated parameters."""
+    """Averages sums: with `check_vma` JAX sums the gradients of replicated parameters."""
     return jax.tree.map(lambda g: g / jax.lax.axis_size(axis_name), grads)
 
 

@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, what it names exists, the site builds without a warning."""
+"""The documentation: its Python runs, every name in it exists, and the site builds cleanly."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ import tekfac_jax.nnx
 import tekfac_jax.plot
 from tekfac_jax._optimizer import schedule
 from tests import snippets
-from tests.capture.test_errors import simple_case
+from tests.capturing import simple_case
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "docs"
@@ -47,7 +47,7 @@ def test_quick_start_trains(capsys):
     printed = capsys.readouterr().out
     (table,) = snippets.blocks(text, "text")
     assert printed.startswith(table)
-    assert namespace["accuracy"] > 0.95  # which the page promises
+    assert namespace["accuracy"] > 0.95  # as the page promises
     logged = tekfac_jax.diagnostics(namespace["state"].opt_state)
     explained = re.findall(r"`(\w+)`", section("quickstart.md", "7. Is it healthy?"))
     assert {name.rpartition("/")[2] for name in logged} <= set(explained)
@@ -67,7 +67,7 @@ def test_questions_run():
 
 
 def test_the_method_by_hand(capsys):
-    """NumPy alone, the dense solve and the library give one step, and the page shows it."""
+    """NumPy, the dense solve and the library give the same step, which the page prints."""
     text = page("method.md")
     names = snippets.run(text, "method.md")
     assert capsys.readouterr().out == "".join(snippets.blocks(text, "text"))
@@ -76,7 +76,7 @@ def test_the_method_by_hand(capsys):
 
 
 def test_costs_in_the_method_are_those_of_the_schedule():
-    """Its formulas with one position, from G_n, and in the printed example."""
+    """The formulas for one position, for G_n formed, and in the printed example."""
     examples, i, o = schedule._EXAMPLES, 5, 3
 
     def costs(t, i, o):
@@ -102,17 +102,17 @@ def test_costs_in_the_method_are_those_of_the_schedule():
     assert refreshes["Θ"] * examples == rescaling * names["n"]
 
 
-@pytest.mark.filterwarnings("ignore")  # of orbax
+@pytest.mark.filterwarnings("ignore")  # from orbax
 def test_checkpoints_are_restored():
     namespace = snippets.run(page("checkpoints.md"), "checkpoints.md")
     sentence = tekfac_jax.check_state(namespace["opt_state"], namespace["layers"])
-    assert sentence == ""  # nothing was known yet, so that nothing is missing
+    assert sentence == ""  # before the first statistics, so nothing is missing
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of tensorboardX
+@pytest.mark.filterwarnings("ignore")  # from tensorboardX
 def test_tensorboard_is_given_every_scalar(tmp_path, monkeypatch):
-    """The fragment of the page, and what TensorBoard would read."""
+    """Runs the page's fragment, and reads the files as TensorBoard would."""
     (fragment,) = snippets.blocks(section("diagnostics.md", "TensorBoard, and other loggers"), "py")
     loss, params, x, layers = simple_case()
     state = tekfac_jax.TrainState.create(
@@ -148,7 +148,7 @@ def test_tensorboard_is_given_every_scalar(tmp_path, monkeypatch):
 
 
 def tfrecords(content: bytes) -> list[bytes]:
-    """The records of a TFRecord file: length, its checksum, content, its checksum."""
+    """The records of a TFRecord file: each has its length, content, and a checksum of both."""
     found = []
     while content:
         length = int.from_bytes(content[:8], "little")
@@ -159,7 +159,7 @@ def tfrecords(content: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_other_python_parses(name):
-    """Fragments, which need a loop around them, are marked ``py``."""
+    """Fragments that need surrounding code are marked ``py``."""
     for block in snippets.blocks(page(name), "py"):
         ast.parse(block)
 
@@ -222,7 +222,7 @@ def test_reference_lists_every_public_name():
     assert sorted(listed) == sorted(expected)
 
 
-# Keywords in the pages that belong to something else.
+# Keywords in the pages that belong to other libraries.
 _FOREIGN = {
     "jax": {"check_vma"},
     "flax": {"transpose_kernel"},
@@ -236,8 +236,8 @@ _FOREIGN = {
 
 
 def test_options_that_are_named_exist():
-    """``name=`` within code is an argument of something of ours, or of what stands above."""
-    known = {"stats", "when", "opt_state", "key", "batch_size"}  # of what the functions return
+    """Every ``name=`` in code is an argument of a public function of ours, or listed above."""
+    known = {"stats", "when", "opt_state", "key", "batch_size"}  # of the functions that ours return
     for module in (tekfac_jax, tekfac_jax.nnx, tekfac_jax.plot):
         for thing in (getattr(module, name) for name in module.__all__):
             known |= set(inspect.signature(thing).parameters) if callable(thing) else set()
@@ -272,7 +272,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert f'id="tekfac_jax.{name}"' in reference, name
     for name in ("tekfac", "kfac", "scale_by_tekfac", "scale_by_kfac"):
         signature = reference.split(f'id="tekfac_jax.{name}"')[1].split("doc-contents")[0]
-        assert "stagger" in signature, name  # which only `inspect` sees in some of them
+        assert "stagger" in signature, name  # some have it only in `__signature__`
     assert "&gt;&gt;&gt;" in reference  # examples are code
-    assert "<blockquote>" not in reference  # and no quotations
+    assert "<blockquote>" not in reference  # not quotations
     assert "<em>" not in reference  # the stars of shapes are stars

@@ -1,4 +1,4 @@
-"""The notebooks: what is saved is one whole run from top to bottom, and every cell still runs."""
+"""The saved notebooks are complete runs from top to bottom, and every cell still runs."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ nbformat: Any = pytest.importorskip("nbformat", reason='needs pip install -e ".[
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-# Absolute paths and hosts, which would say whose machine it was; in a URL a name stands before.
+# Absolute paths and hosts, which would identify a machine; those in URLs follow a name.
 _MACHINE = re.compile(
     r"(?<![\w.-])/(?:home|Users|root|work|opt|tmp|usr|private|mnt|var|data|content)/"
     r"|\b[A-Z]:\\\\|localhost|127\.0\.0\.1"
@@ -26,7 +26,7 @@ def code_cells(notebook):
 
 
 def shows_something(source):
-    """Whether a cell prints outside of the functions that it defines, or ends in an expression."""
+    """Whether a cell prints outside the functions that it defines, or ends in an expression."""
     statements = ast.parse(re.sub(r"^%.*$", "", source, flags=re.M)).body
     run = [node for node in statements if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
     calls = (call for node in run for call in ast.walk(node) if isinstance(call, ast.Call))
@@ -77,7 +77,7 @@ def test_notebook_is_a_page_with_its_command(path):
 
 @pytest.fixture
 def cifar_dir(tmp_path):
-    """The official archive, binary version, with few images."""
+    """The official archive in its binary version, with few images."""
     train, test = make_split(120, (32, 32, 3), 10), make_split(20, (32, 32, 3), 10)
     write_archive(tmp_path, "cifar10", binary_files("cifar10", train, test))
     return tmp_path
@@ -86,7 +86,7 @@ def cifar_dir(tmp_path):
 @pytest.mark.slow
 @every_notebook
 def test_notebook_runs(path, cifar_dir, monkeypatch):
-    """Every cell, with a toy network: a cell that raises ends this with its traceback."""
+    """Runs every cell with a toy network; if a cell raises, its traceback is shown."""
     nbclient = pytest.importorskip("nbclient", reason='needs pip install -e ".[docs]"')
     monkeypatch.setenv("NOTEBOOK_SHORT", "1")
     monkeypatch.setenv("CIFAR_DIR", str(cifar_dir))

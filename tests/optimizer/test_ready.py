@@ -1,4 +1,4 @@
-"""What the ready optimizers choose where nothing is said."""
+"""The default damping of the ready optimizers."""
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ def dense(x):
 
 
 def dampings(make, build, **options):
-    """λ of each layer after a step, and tr Θ over the number of its entries."""
+    """λ of each layer after a step, and its mean eigenvalue, tr Θ / size."""
     model, x = Net(build), randn(6, 3, 3, 2)
     params = random_params(model, x)
 
@@ -54,7 +54,7 @@ def test_a_part_of_the_mean_eigenvalue(make, options, scale):
 @pytest.mark.parametrize(
     ("build", "options", "expected"),
     [
-        (dense, {}, 1e-3),  # nothing is a convolution: fixed
+        (dense, {}, 1e-3),  # no convolution, so fixed
         (cnn, {"damping": 0.02}, 0.02),
         (cnn, {"damping": 0.02, "damping_scale": 0.5}, 0.01),
     ],

@@ -1,4 +1,4 @@
-"""Refreshes spread over the interval: each layer at its own steps, everything else as before."""
+"""Staggered refreshes, each layer at its own steps, and early refreshes."""
 
 import itertools
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import tekfac_jax as tekfac
 from tekfac_jax._optimizer.schedule import _costs, offsets
 from tests.capturing import EXACT, Net, losses_of, randn, random_params, relative_error, x64
-from tests.devices.test_sharing import Network, layers_of, mesh_of, needs_devices
 from tests.oracles import SCALE_BY
+from tests.sharing import Network, layers_of, mesh_of, needs_devices
 
 INTERVALS = {"factor_interval": 3, "eigenbasis_interval": 6, "rescaling_interval": 3}
 
@@ -49,7 +49,7 @@ class Case:
         self.step = step
 
     def run(self, steps, start=0, state=None, params=None):
-        """States before and after each step, and the last parameters."""
+        """The states before and after each step, and the last parameters."""
         state = self.tx.init(self.params) if state is None else state
         params = self.params if params is None else params
         states = [state]
@@ -88,7 +88,7 @@ def test_each_layer_is_refreshed_at_its_own_steps():
 
 @x64
 def test_it_continues_where_it_was():
-    """All that it depends on is the step count in the state."""
+    """The schedule depends only on the step count in the state."""
     case = Case()
     _, expected = case.run(15)
     states, params = case.run(8)
@@ -152,7 +152,7 @@ def test_intervals_must_be_known():
 
 
 def refreshed(steps, **options):
-    """At which steps the statistics were called for, and at which they changed what."""
+    """The steps at which statistics were due, and those at which each field changed."""
     case = Case(**options)
     states, _ = case.run(steps)
     called = [step for step, state in enumerate(states[:-1]) if tekfac.stats_due(state)]
@@ -184,7 +184,7 @@ def test_early_refreshes_are_at_powers_of_two():
 
 @x64
 def test_early_refreshes_of_staggered_layers_are_at_the_same_steps():
-    """The first batch's curvature is that of all layers, whatever their offset."""
+    """Early refreshes are the same for all layers; later ones follow each layer's offset."""
     case = Case(early_refreshes=True, **dict.fromkeys(INTERVALS, 6))
     offset = offsets(case.layers, 6, 6, 6)
     assert len(set(offset.values())) > 1
@@ -210,7 +210,7 @@ class Cell(nn.Module):
 @x64
 @pytest.mark.parametrize("member", SCALE_BY)
 def test_early_refreshes_of_stacked_layers_and_reduced_statistics(member):
-    """Every member; the statistics are contracted only where they are called for."""
+    """Statistics are contracted only when they are due, for every member of the family."""
     scanned = nn.scan(Cell, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
     model, x = Net(lambda x: nn.Dense(3)(scanned(name="stack")(x, None)[0])), randn(7, 5, 4)
     params = random_params(model, x)

@@ -1,7 +1,7 @@
-"""Random small networks and random options, and what must hold for each step of any of them.
+"""Random small networks and random options, and what must hold for every step with them.
 
-A network is drawn as plain data, so that a failing example prints as what it is. One step is one
-compiled program: gradient, statistics, update, and what our readers say of the state after it.
+A network is drawn as plain data, so that a failing example is readable. One step is one compiled
+program: gradient, statistics, update, and what our readers say about the state after it.
 """
 
 import functools
@@ -34,7 +34,7 @@ STEPS = 3
 
 
 class Block(NamedTuple):
-    """One layer and what follows it."""
+    """A layer and what follows it."""
 
     kind: str  # dense, general, conv, transpose, embed, flatten
     features: tuple[int, ...]
@@ -47,7 +47,7 @@ class Block(NamedTuple):
 
 
 class Network(NamedTuple):
-    """A stack of blocks, and the batches that it sees."""
+    """A stack of blocks, and the batches that it is given."""
 
     blocks: tuple[Block, ...]
     shape: tuple[int, ...]  # of a batch
@@ -72,7 +72,7 @@ class Stack(nn.Module):
 
 
 class Cell(nn.Module):
-    """A layer whose output has the shape of its input, as one iteration of a scan."""
+    """One iteration of a scan: a layer whose output has the shape of its input."""
 
     block: Block
 
@@ -123,7 +123,7 @@ _dtypes = st.sampled_from(["float64", "float64", "float32"])
 
 @st.composite
 def networks(draw) -> Network:
-    """One to four layers that fit onto each other."""
+    """Draws one to four layers whose shapes fit."""
     rank = draw(st.integers(0, 3))
     batch = draw(st.integers(1, 7))
     rows = draw(st.integers(1, 6)) if rank == 0 else None
@@ -257,12 +257,12 @@ class Setting(NamedTuple):
     ready: dict[str, Any] | None  # arguments of the ready optimizer; None: `scale_by_<member>`
     options: dict[str, Any]
     source: str  # raw, reduced, sampled or exact (Fisher)
-    split: str | None = None  # over devices, as many as divide it: by a mesh, or by shard_map
+    split: str | None = None  # over as many devices as divide the batch, by a mesh or by shard_map
 
 
 @st.composite
 def settings_of(draw) -> Setting:
-    """A member of the family with random valid options, most of them at their defaults."""
+    """Draws a member of the family with valid options, most of them at their defaults."""
     member = draw(st.sampled_from(sorted(SCALE_BY)))
     names = draw(st.sets(st.sampled_from(sorted(_VALID)), max_size=9))
     options = {name: draw(_VALID[name]) for name in sorted(names)}
@@ -305,7 +305,7 @@ FALLBACK_RATE = 0.01
 
 
 class Problem(NamedTuple):
-    """What a `Network` becomes: functions of its parameters, and its layers."""
+    """A `Network` as functions of its parameters, and its layers."""
 
     predict: Any
     loss: Any
@@ -315,7 +315,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(network: Network) -> Problem:
-    """Parameters, batches and layers; raises what `find_layers` raises."""
+    """Makes parameters, batches and layers; raises what `find_layers` raises."""
     model, rng = Stack(network.blocks), np.random.default_rng(network.seed)
 
     def batch() -> Any:
@@ -340,7 +340,7 @@ def make_problem(network: Network) -> Problem:
 
 
 class Step(NamedTuple):
-    """All that one step shows, as numpy arrays."""
+    """Everything that can be read after one step, as numpy arrays."""
 
     params: Any
     grads: Any
@@ -352,7 +352,7 @@ class Step(NamedTuple):
 
 
 def run_steps(problem: Problem, setting: Setting) -> list[Step]:
-    """A few steps, each on a batch of its own, by one compiled program."""
+    """A few steps of one compiled program, each on its own batch."""
     mesh = mesh_for(problem.batches[0].shape[0])
     tx = transformation(setting, problem.layers, mesh)
     statistics = _statistics_function(problem, setting)
@@ -364,7 +364,7 @@ def run_steps(problem: Problem, setting: Setting) -> list[Step]:
             grads = lax.pmean(grads, axis)
         more = {"batch_size": len(problem.batches[0])} if setting.source != "raw" else {}
         updates, opt_state = tx.update(grads, opt_state, params, stats=stats, **more)
-        # Small, so that gradients stay what they are however wild the setting is.
+        # Small steps, so that gradients stay moderate with any setting.
         moved = jax.tree.map(lambda p, u: p + (0.01 * jnp.tanh(u)).astype(p.dtype), params, updates)
         found = tekfac.curvature(opt_state), _factors_in(opt_state), tekfac.diagnostics(opt_state)
         finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), (updates, opt_state))
@@ -420,7 +420,7 @@ def _statistics_function(problem: Problem, setting: Setting) -> Any:
 
 
 def assert_covered_or_listed(problem: Problem) -> None:
-    """Each parameter belongs to a captured layer, or stands in the table with a reason."""
+    """Each parameter belongs to a captured layer, or is listed with a reason."""
     listed = dict(problem.layers.uncovered)
     captured = {
         f"{path}/{name}"
@@ -435,7 +435,7 @@ def assert_covered_or_listed(problem: Problem) -> None:
 
 
 def assert_captured_exactly(network: Network, problem: Problem) -> None:
-    """`check_capture` finds nothing, except where the gradient is nothing but rounding."""
+    """`check_capture` finds no error, except where the gradient is zero up to rounding."""
     x = problem.batches[0]
     errors = tekfac.check_capture(problem.loss, problem.layers, problem.params, x)
     bound = tolerance_of_capture(network)
@@ -454,18 +454,19 @@ def assert_captured_exactly(network: Network, problem: Problem) -> None:
 
 
 def tolerance_of_capture(network: Network) -> float:
-    """Of the least precise arithmetic in the network."""
+    """The tolerance of the least precise arithmetic in the network."""
     if any(block.dtype == "bfloat16" for block in network.blocks):
         return 5e-2
     return 1e-10 if all(b.param_dtype == "float64" for b in network.blocks) else 1e-4
 
 
 def assert_split_is_whole(network: Network, problem: Problem, setting: Setting, step: Step) -> None:
-    """The first factors of a batch that is split are those of the whole batch on one device."""
+    """The first factors of a split batch are those of the whole batch on one device."""
     by_device = setting.split == "shard_map" and (
         setting.source == "sampled" or any(block.norm == "batch" for block in network.blocks)
     )
-    chosen = setting.options.get("statistics_examples") is not None  # of a device's own examples
+    # Taken from each device's own examples.
+    chosen = setting.options.get("statistics_examples") is not None
     if setting.split is None or by_device or chosen:
         return
     (whole, *_) = run_steps(problem, setting._replace(split=None))
@@ -476,7 +477,7 @@ def assert_split_is_whole(network: Network, problem: Problem, setting: Setting, 
 
 
 def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -> None:
-    """Each update is what dense operators make of the gradient, and what the chain adds."""
+    """Each update is the dense solve with the gradient, followed by the rest of the chain."""
     momentum = None
     for number, step in enumerate(steps):
         assert all(jax.tree.leaves(step.finite)), "an update or a state is not finite"
@@ -486,7 +487,7 @@ def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -
         for path, spec in problem.layers.items():
             shown = step.diagnostics[f"{path}/damping"]
             np.testing.assert_allclose(np.max(dampings[path]), shown, rtol=1e-5)
-            if not spec.lead:  # to the last bit: a neighbour's λ may be one of float32
+            if not spec.lead:  # the exact λ, which may be rounded to float32
                 dampings[path] = np.asarray(shown)
             assert step.diagnostics[f"{path}/failures"] == 0
             g = np.asarray(gradients[path], np.float64)
@@ -506,7 +507,7 @@ def assert_dense_solves(problem: Problem, setting: Setting, steps: list[Step]) -
 
 
 def _shape_of_pi(setting: Setting, spec: tekfac.LayerSpec) -> float | None:
-    """√(dim A / dim U), by which π differs from what the traces say; None: damping is exact."""
+    """√(dim A / dim U), by which π differs from the root of tr A / tr U; None: exact damping."""
     if setting.options.get("damping_form") != "factored":
         return None
     return math.sqrt(spec.in_dim / spec.out_dim) if setting.member == "kfac" else 1.0
@@ -522,7 +523,7 @@ def solved(
     """(Q_Φ⊗Q_Ψ) (Θ + λ)⁻¹ (Q_Φ⊗Q_Ψ)ᵀ g, layer by layer of those that are stacked.
 
     Returns:
-        It; how far rounding may lead away from it; whether there is curvature at all.
+        The solution, a bound on its rounding error, and whether there is any curvature.
     """
     out, bound, any_valid = np.array(g), 0.0, False
     epsilon = max(np.finfo(found.theta.dtype).eps, np.finfo(jnp.dtype(spec.dtype)).eps)
@@ -530,7 +531,7 @@ def solved(
         theta, rest = found.theta[index], float(found.theta_rest[index])
         q_phi = np.eye(spec.in_dim) if found.q_phi is None else found.q_phi[index]
         q_psi, matrix, lam = found.q_psi[index], g[index], float(damping[index])
-        if not theta.sum() > 0:  # no curvature: the gradient as it is
+        if not theta.sum() > 0:  # no curvature: the gradient is unchanged
             bound += 4 * epsilon * np.linalg.norm(matrix)
             continue
         any_valid = True
@@ -557,7 +558,7 @@ ROUNDING = 2e3  # units in the last place of ‖G‖ / (least eigenvalue + λ): 
 def expected_dampings(
     layers: tekfac.Layers, setting: Setting, found: dict[str, tekfac.Curvature]
 ) -> dict[str, np.ndarray]:
-    """λ of each layer by Eq. 3.4 and 3.5, from the curvature that is read."""
+    """λ of each layer by Eq. 3.4 and 3.5, from the curvature in the state."""
     options, convs = setting.options, [p for p, s in layers.items() if s.kind == "conv"]
     rule = options.get("damping", "auto")
     if rule == "auto":
@@ -588,7 +589,7 @@ def _chained(
     problem: Problem, setting: Setting, step: Step, number: int, expected: Any, errors: Any,
     counted: float, before: Any,
 ) -> Any:  # fmt: skip
-    """KL clip, momentum, decoupled decay and −η, on what the preconditioner should have given."""
+    """KL clip, momentum, decoupled decay and −η, applied to the expected direction."""
     ready: Any = setting.ready
     eta = ready["learning_rate"]
     eta = float(eta(jnp.int32(number)) if callable(eta) else eta)
@@ -617,7 +618,7 @@ def _chained(
 
 
 def _assert_fallback(problem: Problem, step: Step) -> None:
-    """What is not captured takes a step of the fallback."""
+    """Parameters that are not captured take a step of the fallback."""
     flat = functools.partial(jax.tree_util.tree_flatten_with_path)
     updates, grads = (dict(flat(tree)[0]) for tree in (step.updates, step.grads))
     for path, update in updates.items():

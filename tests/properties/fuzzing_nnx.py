@@ -1,4 +1,4 @@
-"""The nnx module of a random network, with the weights of the linen module."""
+"""A random network as an nnx module, with the weights of the linen module."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class NnxStack(nnx.Module):
 
 
 def output_shape(network: Network, blocks: int) -> tuple[int, ...]:
-    """What so many blocks make of a batch."""
+    """The output shape of the first `blocks` blocks."""
     dtype = jnp.float32 if network.rows is None else jnp.int32
     x = jax.ShapeDtypeStruct(network.shape, dtype)
     stack = Stack(network.blocks[:blocks])
@@ -64,23 +64,23 @@ def _norm(block: Block, features: int) -> nnx.Module:
 
 
 def bare(network: Network) -> Network:
-    """The network without what only linen lifts."""
+    """The network without linen's lifted transformations."""
     return network._replace(blocks=tuple(block._replace(lift=None) for block in network.blocks))
 
 
 def precise(network: Network) -> Network:
-    """The network in float64: gradients behind a BatchNorm may be nothing but rounding."""
+    """The network in float64, since gradients before a BatchNorm may be zero up to rounding."""
     blocks = (b._replace(dtype=None, param_dtype="float64") for b in network.blocks)
     return network._replace(blocks=tuple(blocks))
 
 
 def loss_of(network: Network) -> Any:
-    """The loss of `make_problem`, of a module."""
+    """The loss of `make_problem`, as a function of a module."""
     return lambda model, x: network.scale * losses_of(model(x).astype(jnp.float64)).mean()
 
 
 def assert_layers_of_linen(network: Network, problem: Problem) -> None:
-    """What is captured, and what is not and why."""
+    """The same layers are captured, and the same reasons given for the others."""
     model, x = NnxStack(network), problem.batches[0]
     layers = tekfac.nnx.find_layers(loss_of(network), model, x, norm=network.norm)
     assert dict(layers) == dict(problem.layers)
@@ -88,7 +88,7 @@ def assert_layers_of_linen(network: Network, problem: Problem) -> None:
 
 
 def assert_numbers_of_linen(network: Network, problem: Problem) -> None:
-    """Value, gradient and statistics."""
+    """Value, gradient and statistics are those of linen."""
     x, model = problem.batches[0], NnxStack(network)
     params = nnx.state(model, nnx.Param)
     nnx.replace_by_pure_dict(params, problem.params)
@@ -109,7 +109,7 @@ def assert_numbers_of_linen(network: Network, problem: Problem) -> None:
 
 
 def assert_close(actual: Any, expected: Any, bound: float) -> None:
-    """Against the largest leaf: some are nothing but rounding (what a batch of one centres)."""
+    """Relative to the largest leaf: some are zero up to rounding (BatchNorm of one example)."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
 
     def norms(tree: Any) -> list[float]:

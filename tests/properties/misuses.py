@@ -1,7 +1,7 @@
-"""Random mistakes: arguments and pytrees of the wrong kind, and whose error they end in.
+"""Random mistakes: arguments and pytrees of the wrong kind, and who raises the error.
 
-An error is ours if the innermost frame of its traceback lies in the package; that of the user's
-own functions passes through, and then the user's frame lies inside of ours.
+An error is ours if the innermost frame of its traceback is in the package. An error of the user's
+own function passes through; then the user's frame is inside ours.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 import tekfac_jax as tekfac
-from tests.capture.test_errors import simple_case
+from tests.capturing import simple_case
 
 PACKAGE = pathlib.Path(tekfac.__file__).parent
 USERS = (pathlib.Path(__file__).parent.parent, pathlib.Path(nn.__file__).parent)
@@ -33,9 +33,9 @@ NO_FUNCTIONS = tuple(x for x in JUNK if not callable(x))
 
 
 def assert_ours(call: Callable[[], Any], name: str = "") -> bool:
-    """Whether the call succeeds; where it fails, it must be by an error of ours (that names it)."""
+    """Whether the call succeeds; if it fails, the error must be ours (and contain the name)."""
     filtering = jax.config.jax_traceback_filtering
-    jax.config.update("jax_traceback_filtering", "off")  # or frames of JAX would be hidden
+    jax.config.update("jax_traceback_filtering", "off")  # otherwise JAX hides its own frames
     raised = None
     try:
         call()
@@ -92,7 +92,7 @@ _OTHER_ARRAYS: tuple[Callable[[Any], Any], ...] = (
 
 
 def traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Traces a call, which costs no arithmetic; what is no array is passed as it is."""
+    """Traces a call, which costs no arithmetic; arguments that are no arrays stay static."""
 
     def is_odd(node: Any) -> bool:
         return node is None or (isinstance(node, dict) and len({type(k) for k in node}) > 1)
@@ -111,7 +111,7 @@ def traced(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 
 @functools.cache
 def mistakes() -> dict[str, Callable[[Any], Any]]:
-    """What is done wrong -> a function of a random generator that does it."""
+    """Description of a mistake -> function of a random generator that makes it."""
     loss, params, x, layers = simple_case()
     gather = tekfac.value_grad_and_stats(loss, layers)
     reduce = tekfac.value_grad_and_stats(loss, layers, mode="reduced")

@@ -1,4 +1,4 @@
-"""A run that can be killed and resumed; as a program of its own: FOLDER [kill]."""
+"""A run that can be killed and resumed; as a program, its arguments are FOLDER [kill]."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import tekfac_jax as tekfac
 
 INTERVALS = {"factor_interval": 2, "eigenbasis_interval": 4, "rescaling_interval": 3}
-STEPS = 12  # every one of the steps between two at which all three refreshes are due
+STEPS = 12  # all steps from one at which all three refreshes are due to the next
 KILLED_AFTER = 5  # saves
 
 
@@ -53,19 +53,19 @@ class Run:
         return optax.apply_updates(params, updates), opt_state
 
     def start(self):
-        """Fresh arrays, since a step uses them up."""
+        """Fresh arrays, since a step donates them."""
         params = jax.tree.map(jnp.copy, self.params)
         return params, self.tx.init(params)
 
     def go_on(self, params, opt_state, first, last=STEPS):
-        """Steps `first` to `last`; yields what there is after each."""
+        """Runs the steps from `first` on; yields parameters and state after each."""
         for k in range(first, last):
             params, opt_state = self.step(params, opt_state, self.batch(k))
             yield params, opt_state
 
 
 def kill_in_the_middle_of_a_save(folder):
-    """SIGKILL as soon as a checkpoint is being written under its temporary name."""
+    """Sends SIGKILL once a checkpoint is being written under its temporary name."""
     while not any("tmp" in path.name for path in folder.iterdir()):
         pass
     os.kill(os.getpid(), signal.SIGKILL)

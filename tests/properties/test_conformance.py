@@ -1,148 +1,41 @@
-"""Every public transform does what optax, Flax and orbax expect of one, and fails gracefully."""
+"""Every public transform behaves as optax and Flax expect, and fails gracefully."""
 
-import functools
-import inspect
 import re
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import serialization
 
 import tekfac_jax as tekfac
 from tekfac_jax._curvature.decomposition import eigenvectors
 from tekfac_jax._optimizer import refresh
-from tekfac_jax._state import recognise
+from tests.conforming import (
+    FACTORIES,
+    FACTORS,
+    INTERVALS,
+    LEARNING_RATE,
+    OPTIONS,
+    READY,
+    SCALE_BY,
+    Runner,
+    assert_close,
+    assert_same,
+    case,
+    every_scale_by,
+    every_transform,
+    first_batches,
+    make,
+    our_state,
+    reference,
+    runner,
+    standard_promotion,
+    types,
+)
 
-LEARNING_RATE = 0.05
-ROUNDING = 2e-4  # relative, float32, between two programs that compute the same
-STEPS = 3
-
-SCALE_BY = {
-    "scale_by_tekfac": tekfac.scale_by_tekfac,
-    "scale_by_tkfac": tekfac.scale_by_tkfac,
-    "scale_by_ekfac": tekfac.scale_by_ekfac,
-    "scale_by_kfac": tekfac.scale_by_kfac,
-}
-READY = {
-    name: functools.partial(getattr(tekfac, name), LEARNING_RATE)
-    for name in ("tekfac", "tkfac", "ekfac", "kfac")
-}
-FACTORIES = {**SCALE_BY, **READY}
-OPTIONS = {
-    "factor_interval": 2,
-    "eigenbasis_interval": 1,
-    "rescaling_interval": 2,
-    "damping": 0.1,  # so that rounding errors stay small in float32
-}
-INTERVALS = tuple(name for name in OPTIONS if name.endswith("_interval"))
-FACTORS = ("phi", "psi", "q_phi", "q_psi")
-
-every_transform = pytest.mark.parametrize("name", FACTORIES)
-every_scale_by = pytest.mark.parametrize("name", SCALE_BY)
-every_ready = pytest.mark.parametrize("name", READY)
-
-
-@pytest.fixture(autouse=True)
-def _standard_promotion():
-    """Optax itself mixes dtypes; `test_strict_promotion` is about ours."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class Model(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(4, name="first")(x)
-        x = nn.LayerNorm(name="norm")(x)
-        return nn.Dense(2, name="last", use_bias=False)(jnp.tanh(x))
-
-
-class Case:
-    """A network, its layers, and the gradient and statistics of one batch for each step."""
-
-    def __init__(self):
-        self.model = Model()
-        xs = jax.random.normal(jax.random.key(0), (8, 6, 3), jnp.float32)
-        self.params = self.model.init(jax.random.key(1), xs[0])["params"]
-        self.layers = tekfac.find_layers(self.loss, self.params, xs[0])
-        step = jax.jit(tekfac.value_grad_and_stats(self.loss, self.layers))
-        self.batches = [step(self.params, x)[1:] for x in xs]
-
-    def loss(self, params, x):
-        outputs = self.model.apply({"params": params}, x)
-        return jnp.mean(jnp.sum((outputs - 1) ** 2, axis=-1))
-
-
-@functools.cache
-def case() -> Case:
-    return Case()
-
-
-def make(name, **options):
-    return FACTORIES[name](case().layers, **{**OPTIONS, **options})
-
-
-class Runner:
-    """A transform whose update is compiled once; counts its traces."""
-
-    def __init__(self, tx):
-        self.init, self.traces = tx.init, 0
-
-        def update(grads, state, params, stats):
-            self.traces += 1
-            return tx.update(grads, state, params, stats=stats, loss=1.0, unknown=None)
-
-        self.update = jax.jit(update)
-
-    def run(self, batches, state=None):
-        """The updates of some steps, and the last state."""
-        params = case().params
-        state = self.init(params) if state is None else state
-        all_updates = []
-        for grads, stats in batches:
-            updates, state = self.update(grads, state, params, stats)
-            all_updates.append(updates)
-        return all_updates, state
-
-
-@functools.cache
-def runner(name, **options) -> Runner:
-    return Runner(make(name, **options))
-
-
-def first_batches(steps=STEPS):
-    return case().batches[:steps]
-
-
-@functools.cache
-def reference(name):
-    return runner(name).run(first_batches())
-
-
-def assert_close(actual, expected):
-    def check(a, b):
-        scale = float(np.abs(b).max())
-        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING * scale)
-
-    jax.tree.map(check, actual, expected)
-
-
-def assert_same(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def types(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
-
-
-def our_state(opt_state) -> tekfac.ScaleByTekfacState:
-    (found,) = recognise.search(opt_state, tekfac.ScaleByTekfacState)
-    return found
+pytestmark = standard_promotion
 
 
 # --- optax ---------------------------------------------------------------------------------------
@@ -150,7 +43,7 @@ def our_state(opt_state) -> tekfac.ScaleByTekfacState:
 
 @every_transform
 def test_under_jit(name):
-    """One trace for all steps, stable types, and unknown arguments are swallowed."""
+    """One trace for all steps, stable types, and unknown arguments are ignored."""
     params = case().params
     state = runner(name).init(params)
     first_types = types(state)
@@ -177,7 +70,7 @@ _WRAPPERS = {
     "masked": lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda _: True, params)),
     "partition": lambda tx: optax.partition({"a": tx}, lambda p: jax.tree.map(lambda _: "a", p)),
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, max_consecutive_errors=2),
-    # Last: optax passes no further arguments to a MultiSteps inside something else.
+    # The outermost: inside another wrapper MultiSteps gets no extra arguments from optax.
     "MultiSteps": lambda tx: optax.MultiSteps(tx, every_k_schedule=1),
 }  # fmt: skip
 
@@ -204,7 +97,7 @@ def test_wrappers_in_one_another(name):
 
 
 def _no_clip(name):
-    """The clip's factor is common to all layers, and changes with the learning rate."""
+    """Options without the KL clip, which couples the layers and depends on the learning rate."""
     return {"kl_clip": None} if name in READY else {}
 
 
@@ -217,7 +110,7 @@ def _apart(params):
 @pytest.mark.sampled
 @every_transform
 def test_a_layer_that_is_masked_out(name):
-    """It goes elsewhere or passes unchanged; the others are as they were."""
+    """Its gradient goes to another transform, or passes unchanged; other layers do not change."""
     tx = make(name, **_no_clip(name))
     if name in READY:
         tx, factor = optax.partition({"ours": tx, "other": optax.scale(-3.0)}, _apart), -3.0
@@ -264,7 +157,7 @@ def test_inject_hyperparams(name):
 @pytest.mark.sampled
 @every_transform
 def test_multi_steps_accumulates(name):
-    """Statistics of the step that updates are used; between them nothing moves."""
+    """The statistics of the updating step are used; the other steps change nothing."""
     tx = optax.MultiSteps(make(name), every_k_schedule=2)
     updates, state = Runner(tx).run(first_batches(4))
     assert all(not u.any() for u in jax.tree.leaves([updates[0], updates[2]]))
@@ -277,7 +170,7 @@ def test_multi_steps_accumulates(name):
 
 @pytest.mark.parametrize("micro_steps", [None, 3])
 def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
-    """What it costs, as the docs say: the eigen work of a step on each of its micro-steps."""
+    """Its cost, as the docs state: every micro-step does the eigendecompositions of a step."""
     done: list[int] = []
 
     def counting(factor, mine):
@@ -285,7 +178,7 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
         return eigenvectors(factor, mine)
 
     monkeypatch.setattr(refresh, "eigenvectors", counting)
-    tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due on the first step of three
+    tx: Any = make("scale_by_tekfac", eigenbasis_interval=3)  # due in the first of three steps
     if micro_steps:
         tx = optax.MultiSteps(tx, micro_steps)
     Runner(tx).run(first_batches(3))
@@ -296,7 +189,7 @@ def test_multi_steps_decomposes_on_every_micro_step(micro_steps, monkeypatch):
 
 @pytest.mark.parametrize("name", ["scale_by_tekfac", "kfac"])
 def test_a_state_that_a_trace_closes_over(name):
-    """It has values there, and what is made of them has none: `apply_if_finite`, eager, does so."""
+    """The state is concrete there but derived values are traced, as in `apply_if_finite`."""
     tx, params, (grads, stats) = make(name), case().params, first_batches(1)[0]
     (expected,), state = runner(name).run(first_batches(1))
     start = tx.init(params)
@@ -357,14 +250,14 @@ def test_half_precision_gradients(name):
 @pytest.mark.parametrize("name", ["scale_by_tekfac", "scale_by_kfac", "clip", "running", "trace"])
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 def test_strict_promotion(name, wide):
-    """float32 parameters, also where float64 is enabled; no implicit promotion anywhere."""
+    """No implicit promotion with float32 parameters, whether or not float64 is enabled."""
     with jax.enable_x64(wide), jax.numpy_dtype_promotion("strict"):
         options = {"running": {"rescaling": "running"}, "trace": {"damping": "trace"}}.get(name, {})
         tx = SCALE_BY.get(name, tekfac.scale_by_tekfac)(case().layers, **options)
         if name == "clip":
             tx = tekfac.clip_by_kl(tx, optax.linear_schedule(0.1, 0.0, 10))
         params = case().params
-        # Statistics as they come where float64 is enabled or not.
+        # Statistics computed with float64 enabled or not.
         step = jax.jit(tekfac.value_grad_and_stats(case().loss, case().layers))
         with jax.numpy_dtype_promotion("standard"):  # LayerNorm
             _, grads, stats = step(params, jnp.ones((6, 3), jnp.float32) * 0.3)
@@ -380,7 +273,7 @@ def test_strict_promotion(name, wide):
 
 @every_transform
 def test_without_statistics(name):
-    """The curvature held is used and kept, and nothing is compiled that would change it."""
+    """The curvature is used and kept, and no code that would change it is compiled."""
     tx, params, (grads, stats) = make(name), case().params, case().batches[3]
     _, state = reference(name)
     decomposition = re.compile(r"syevd|Eigh|lapack")
@@ -394,7 +287,7 @@ def test_without_statistics(name):
     assert our_state(after).count == our_state(state).count + 1
     assert types(after) == types(state)
     assert np.abs(updates["last"]["kernel"] - grads["last"]["kernel"]).max() > 1e-3
-    if name in SCALE_BY:  # with statistics that are not due it is the same
+    if name in SCALE_BY:  # statistics that are not due make no difference
         with_stats, _ = runner(name, **dict.fromkeys(INTERVALS, 10)).run([(grads, stats)], state)
         assert_close(updates, with_stats[0])
 
@@ -444,118 +337,8 @@ def test_init_needs_no_parameters(name):
     assert types(abstract) == types(expected)
     for placeholder in (None, {}, optax.MaskedNode(), jax.eval_shape(lambda: params)):
         if name in READY and isinstance(placeholder, dict) and placeholder:
-            continue  # momentum wants arrays, as optax.trace does
+            continue  # momentum needs arrays, as in optax.trace
         assert_same(our_state(tx.init(placeholder)), our_state(expected))
-
-
-@every_transform
-def test_flax_serialization(name):
-    state = reference(name)[1]
-    state_dict = jax.tree.map(np.asarray, serialization.to_state_dict(state))
-    restored = serialization.from_state_dict(make(name).init(case().params), state_dict)
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert_same(restored, state)
-    as_bytes = serialization.to_bytes(state)
-    assert_same(serialization.from_bytes(make(name).init(case().params), as_bytes), state)
-
-
-@every_transform
-@pytest.mark.filterwarnings("ignore")
-def test_orbax(name, tmp_path):
-    checkpoint = pytest.importorskip("orbax.checkpoint")
-    state = reference(name)[1]
-    with checkpoint.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        target = jax.eval_shape(make(name).init, case().params)
-        restored = checkpointer.restore(tmp_path / "state", target)
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert_same(restored, state)
-    assert types(restored) == types(state)
-    assert tekfac.check_state(restored, case().layers) == ""
-
-
-def test_shape_comments_are_true():
-    """The comments in `LayerState` and `ScaleByTekfacState` against real shapes."""
-    (_, state) = reference("scale_by_tekfac")
-    state = our_state(state)
-    for path, spec in case().layers.items():
-        dims = {"i": spec.in_dim, "o": spec.out_dim}
-        for node in (state.layers[path], state, state.meaning):
-            comments = re.findall(
-                r"^    (\w+): (?:jax\.Array|Any)(?: = None)?  #.*?\(([io\d, ]*)\)",
-                inspect.getsource(type(node)),
-                re.M,
-            )
-            arrays = [f for f, t in type(node).__annotations__.items() if t in (jax.Array, Any)]
-            assert [field for field, _ in comments] == arrays
-            for field, comment in comments:
-                names = [d.strip() for d in comment.split(",") if d.strip()]
-                shape = tuple(int(d) if d.isdigit() else dims[d] for d in names)
-                assert getattr(node, field).shape == shape, field
-
-
-@pytest.mark.parametrize("name", SCALE_BY)
-def test_memory_usage_is_that_of_the_arrays(name):
-    state = reference(name)[1]
-    usage = tekfac.memory_usage(optax.chain(make(name)).init(case().params))
-    assert usage == tekfac.memory_usage(jax.eval_shape(make(name).init, case().params))
-    for path, layer in state.layers.items():
-        actual = {
-            "factors": layer.phi.nbytes + layer.psi.nbytes,
-            "eigenbasis": layer.q_phi.nbytes + layer.q_psi.nbytes,
-            "rescaling": layer.theta.nbytes,
-        }
-        assert usage[path] == actual
-        assert sum(actual.values()) == case().layers[path].state_bytes
-
-
-@every_transform
-def test_diagnostics(name):
-    state = reference(name)[1]
-    scalars = {key: np.asarray(value) for key, value in tekfac.diagnostics(state).items()}
-    kinds = ("trace", "kept", "damping", "phi_spread", "psi_spread", "phi_residual",
-             "psi_residual", "failures", "failed_in_a_row")  # fmt: skip
-    expected = {f"{path}/{kind}" for path in case().layers for kind in kinds}
-    assert set(scalars) == expected | ({"kl_clip"} if name in READY else set())
-    for key, value in scalars.items():
-        assert value.shape == ()
-        assert np.isfinite(value), key
-        assert value > 0 or key.endswith(("failures", "in_a_row", "residual"))
-    fresh = tekfac.diagnostics(make(name).init(case().params))
-    assert set(fresh) == set(scalars)
-    assert all(np.isfinite(value) for value in fresh.values())
-    curvature = tekfac.curvature(state)["first"]
-    assert np.trace(curvature.phi) == pytest.approx(1, rel=1e-5)
-    assert np.trace(curvature.psi) == pytest.approx(1, rel=1e-5)
-    assert scalars["first/trace"] == pytest.approx(float(curvature.theta.sum()), rel=1e-5)
-
-
-def test_check_state_is_a_sentence():
-    layers, params = case().layers, case().params
-    x = jnp.ones((6, 3), jnp.float32)
-    state = optax.chain(make("scale_by_tekfac")).init(params)
-    assert tekfac.check_state(state, layers) == ""
-    fewer = tekfac.find_layers(case().loss, params, x, skip="first")
-    assert tekfac.check_state(state, fewer) == (
-        "The state has no layers [] and has ['first'], which the network has not."
-    )
-    assert "no layers ['first']" in tekfac.check_state(
-        tekfac.scale_by_tekfac(fewer).init(params), layers
-    )
-    wide = jnp.ones((6, 5), jnp.float32)
-    other = case().model.init(jax.random.key(0), wide)["params"]
-    sentence = tekfac.check_state(state, tekfac.find_layers(case().loss, other, wide))
-    assert sentence == (
-        "Layer 'first' has in and out dimension (4, 4) in the state and (6, 4) in the network."
-    )
-    functions = (
-        tekfac.curvature, tekfac.stats_due, tekfac.memory_usage, tekfac.diagnostics,
-        lambda state: tekfac.check_state(state, layers),
-    )  # fmt: skip
-    for function in functions:
-        with pytest.raises(ValueError, match=r"no state of scale_by_tekfac.*tx\.init"):
-            function(optax.sgd(0.1).init(params))
 
 
 # --- intervals -----------------------------------------------------------------------------------
@@ -597,7 +380,7 @@ def test_statistics_may_be_left_out_where_they_are_not_due(name):
 
 
 def spoiled(step, part, value):
-    """Statistics of that batch with one number of layer "first" that is not finite."""
+    """Statistics of that batch with one value of layer "first" replaced."""
     grads, stats = case().batches[step]
     (capture,) = stats.layers["first"]
     capture = capture._replace(**{part: getattr(capture, part).at[2, 0].set(value)})
@@ -610,7 +393,7 @@ _EVERY_STEP = dict.fromkeys(INTERVALS, 1)
 @every_scale_by
 @pytest.mark.parametrize(("part", "value"), [("u", np.nan), ("a", np.inf)])
 def test_bad_first_statistics(name, part, value):
-    """The gradient passes, the other layers are as they were, and the next step tries again."""
+    """The gradient passes unchanged, other layers are unaffected, and the next step retries."""
     tx = runner(name, **dict.fromkeys(INTERVALS, 10))
     batches = [spoiled(0, part, value), case().batches[1], case().batches[2]]
     first, state = tx.run(batches[:1])
@@ -634,7 +417,7 @@ def test_bad_first_statistics(name, part, value):
 @every_scale_by
 @pytest.mark.parametrize(("part", "value"), [("u", np.inf), ("a", np.nan)])
 def test_bad_later_statistics(name, part, value):
-    """The last good curvature stays in force."""
+    """The last good curvature stays in use."""
     tx = runner(name, **_EVERY_STEP)
     _, before = tx.run(case().batches[:2])
     (updates,), after = tx.run([spoiled(2, part, value)], before)
@@ -651,7 +434,7 @@ def test_bad_later_statistics(name, part, value):
 
 @every_scale_by
 def test_small_statistics_are_curvature_all_the_same(name):
-    """Gradients of 1e-11, near convergence: their fourth powers underflow, Θ must not."""
+    """Gradients of 1e-11, as near convergence: their fourth powers underflow, but Θ must not."""
     grads, stats = case().batches[0]
     stats = stats._replace(scale=stats.scale * 1e-11)
     curvature = tekfac.curvature(runner(name, **_EVERY_STEP).run([(grads, stats)])[1])["first"]
@@ -663,7 +446,7 @@ def test_small_statistics_are_curvature_all_the_same(name):
 
 @every_scale_by
 def test_huge_and_tiny_statistics(name):
-    """Numbers whose squares leave float32's range are no reason for NaN."""
+    """Values whose squares overflow or underflow float32 cause no NaN."""
     tx = runner(name, **_EVERY_STEP)
     for factor in (1e15, 1e-25, 0.0):
         grads, stats = case().batches[0]
@@ -720,7 +503,7 @@ def test_fallback_and_decay():
 
 @pytest.mark.parametrize("name", ["ekfac"])
 def test_parameters_are_not_needed_without_decay(name):
-    """As with optax.sgd and optax.adam."""
+    """Like optax.sgd and optax.adam."""
     tx = make(name)
     grads, stats = case().batches[0]
     updates, _ = jax.jit(tx.update)(grads, tx.init(case().params), stats=stats)
@@ -728,7 +511,7 @@ def test_parameters_are_not_needed_without_decay(name):
 
 
 def test_traced_batch_size():
-    """`batch_size` may be an array: examples that count in a padded batch, say."""
+    """`batch_size` may be an array, such as the number of real examples in a padded batch."""
     tx = make("scale_by_tekfac", rescaling="running")
     (grads, stats), params = case().batches[0], case().params
     _, state = Runner(tx).run([(grads, stats)])

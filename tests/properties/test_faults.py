@@ -1,4 +1,4 @@
-"""What may go wrong in a week, injected: the step stays usable, the rest of the curvature stays."""
+"""Injected faults: the step stays usable, and the rest of the curvature is unaffected."""
 
 import flax.linen as nn
 import jax
@@ -51,7 +51,7 @@ class Problem:
 
 
 def spoil_layer(path, field, value):
-    """One entry of what a layer's capture holds."""
+    """Replaces one entry of a layer's capture."""
 
     def spoil(stats):
         (capture,) = stats.layers[path]
@@ -63,7 +63,7 @@ def spoil_layer(path, field, value):
 
 
 def assert_usable(grads, updates):
-    """Finite, and downhill in every layer that has a gradient."""
+    """Asserts updates that are finite, and downhill in every layer with a gradient."""
     for layer, own in grads.items():
         products = [jnp.sum(own[k] * updates[layer][k]) for k in own]
         assert all(bool(jnp.isfinite(leaf).all()) for leaf in updates[layer].values()), layer
@@ -77,7 +77,7 @@ def assert_curvature_is(after, before, path):
         np.testing.assert_array_equal(
             getattr(one, field), getattr(other, field), err_msg=f"{path} {field}"
         )
-    # The same factor is decomposed anew, and Θ moves along from the basis to itself.
+    # The same factor is decomposed again, and Θ is transported to (nearly) the same basis.
     largest = float(jnp.max(other.theta))
     np.testing.assert_allclose(one.theta, other.theta, rtol=1e-4, atol=1e-6 * largest)
 
@@ -120,7 +120,7 @@ def test_a_bad_first_batch_leaves_the_gradient_and_the_next_one_is_taken():
 
 
 def test_a_loss_that_is_no_number_for_some_steps():
-    """`apply_if_finite` skips the steps; the curvature is what it was before them."""
+    """`apply_if_finite` skips these steps; the curvature stays as it was before them."""
     problem = Problem()
     tx = optax.apply_if_finite(optax.chain(problem.tx, optax.scale(-0.1)), 5)
 
@@ -147,7 +147,7 @@ def test_a_loss_that_is_no_number_for_some_steps():
 
 @pytest.mark.parametrize("rescaling", ["exact", "running"])
 def test_a_gradient_that_is_no_number_is_not_hidden(rescaling):
-    """With statistics due: those of the layer it is in are held, the others go on."""
+    """If statistics are due, its layer keeps its curvature, and the others are refreshed."""
     problem = Problem(rescaling=rescaling)
     state = problem.good_state()
     grads, _, _ = problem.step(state)
@@ -165,7 +165,7 @@ def test_a_gradient_that_is_no_number_is_not_hidden(rescaling):
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs four devices")
 def test_half_of_the_devices_see_no_numbers():
-    """All devices agree that the step's statistics are of no use."""
+    """All devices reject the statistics of the step."""
     problem = Problem()
     tx = tekfac.scale_by_tekfac(problem.layers, axis_name="data", **EVERY_STEP)
 
@@ -219,7 +219,7 @@ def test_eigh_that_finds_nothing_for_one_factor(rows, monkeypatch):
 
 
 def dead(params):
-    """The ReLU behind the hidden layer never opens."""
+    """The ReLU after the hidden layer is never active."""
     return params | {"hidden": jax.tree.map(lambda x: 0 * x - 1e3, params["hidden"])}
 
 
@@ -240,7 +240,7 @@ EDGES = {
 @every_member
 @pytest.mark.parametrize("edge", EDGES)
 def test_degenerate_batches(name, edge):
-    """From such a batch, and after it from an ordinary one: a usable step."""
+    """Such a batch gives a usable step, and so does an ordinary one after it."""
     problem = Problem()
     tx = SCALE_BY[name](problem.layers, **EVERY_STEP)
     update = jax.jit(tx.update)
@@ -259,7 +259,7 @@ def test_degenerate_batches(name, edge):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scaled_statistics(scale):
-    """Sums that over- or underflow are failures, or no curvature; never a bad step."""
+    """Sums that overflow or underflow count as failures or as no curvature; no step is bad."""
     problem = Problem()
     state = problem.good_state()
 
@@ -291,7 +291,7 @@ def test_after_too_many_failures_a_layer_scales_its_gradient():
         assert not bool(state.layers[path].fallen_back)
     sentence = tekfac.check_state(state, problem.layers)
     assert "'hidden' only scales its gradient: 2 refreshes failed" in sentence
-    # A restored state may be of numpy arrays; one under `jit` has no values yet.
+    # A restored state may hold numpy arrays; under `jit` its values are not known.
     assert tekfac.check_state(jax.device_get(state), problem.layers) == sentence
     jax.jit(lambda s: tekfac.check_state(s, problem.layers) or s)(state)
     _, updates, state = problem.step(state)
@@ -310,12 +310,12 @@ def test_without_max_failures_the_last_curvature_is_used_for_ever():
     assert int(state.layers["hidden"].failed_in_a_row.max()) == 7
     assert not bool(state.layers["hidden"].fallen_back)
     first, last = (steps[k][1]["hidden"] for k in (0, -1))
-    for k in first:  # Θ moves along with bases that differ by rounding
+    for k in first:  # Θ is transported between bases that differ by rounding
         np.testing.assert_allclose(last[k], first[k], rtol=1e-3)
 
 
 def test_one_kind_of_refresh_that_fails_is_not_forgiven_for_another():
-    """Factors every step, decompositions every second one: these fail, those do not."""
+    """Factors succeed at every step, decompositions fail at every second one."""
     problem = Problem(max_failures=3, eigenbasis_interval=2)
     state = problem.good_state()
     poison = state.layers["hidden"]._replace(phi=state.layers["hidden"].phi.at[1, 0].set(jnp.nan))

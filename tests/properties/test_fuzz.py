@@ -1,4 +1,4 @@
-"""A fuzz of the public interface: random networks and options, and random mistakes."""
+"""Fuzzing the public interface: random networks and options, and random mistakes."""
 
 import functools
 import re
@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 import tekfac_jax as tekfac
 from tekfac_jax._optimizer.options import Options
-from tests.capture.test_errors import simple_case
-from tests.capturing import x64_standard
+from tests.capturing import simple_case, x64_standard
 from tests.properties import fuzzing, fuzzing_nnx, misuses
 
-# The same examples each time: a failure must be one of the change at hand. Each is a program to
-# compile, so there are few of them, and they are not made smaller.
+# The same examples each time, so that a failure is due to the change at hand. Each example is a
+# program to compile, so there are few, and failing ones are not shrunk.
 FEW = settings(
     max_examples=3, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck), phases=[Phase.generate],
@@ -59,7 +58,7 @@ def check_nnx(network):
     try:
         problem = fuzzing.make_problem(network)
     except ValueError:
-        return  # what it says is looked at above
+        return  # its message is tested above
     fuzzing_nnx.assert_layers_of_linen(network, problem)
     network = fuzzing_nnx.precise(network)
     fuzzing_nnx.assert_numbers_of_linen(network, fuzzing.make_problem(network))
@@ -106,7 +105,7 @@ def _is_flag(value):
     return isinstance(value, bool)
 
 
-# What the documentation allows, where it is not one word of a list.
+# What the documentation permits besides words of a list.
 ALLOWED = {
     **dict.fromkeys(("factor_interval", "eigenbasis_interval", "rescaling_interval"), _is_count),
     **dict.fromkeys(
@@ -128,7 +127,7 @@ OF_READY = ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback")
 
 @pytest.mark.parametrize("option", [*Options._fields, *OF_READY])
 def test_any_value_of_an_option(option):
-    """Each is refused by a sentence of ours with the option's name, or documented and at work."""
+    """Each value is refused by an error that names the option, or is permitted and works."""
     loss, params, x, layers = simple_case()
 
     def step(value):
@@ -141,7 +140,7 @@ def test_any_value_of_an_option(option):
             _, grads, stats = tekfac.value_grad_and_stats(loss, layers)(params, x)
             return tx.update(grads, tx.init(params), params, stats=stats)
 
-        if option != "learning_rate" or not callable(value):  # a schedule's errors are its own
+        if option != "learning_rate" or not callable(value):  # a schedule may raise its own errors
             jax.eval_shape(run, params, x)
 
     allowed = ALLOWED.get(option, lambda value: False)

@@ -1,4 +1,4 @@
-"""A run that is taken up again is the uninterrupted run, to the bit; what does not fit says so."""
+"""A resumed run equals the uninterrupted one bit for bit; a state that does not fit is named."""
 
 import pickle
 import signal
@@ -64,7 +64,7 @@ def by_name_from_flax(saved, fresh, folder):
     return tekfac.restore_state(raw, fresh)
 
 
-# --- to the bit ---------------------------------------------------------------------------------
+# --- bit for bit --------------------------------------------------------------------------------
 
 
 @of_orbax
@@ -85,7 +85,7 @@ def test_resumed_at_any_step_it_is_the_same_run(options, tmp_path):
             assert_same_bits((params, opt_state), saved)
             *_, last = [saved, *run.go_on(params, opt_state, k + 1)]
             assert_same_bits(on_host(last), states[-1])
-    assert run.traces == 1  # a restored state asks for no other program
+    assert run.traces == 1  # a restored state needs no other program
 
 
 @of_orbax
@@ -95,7 +95,7 @@ def test_a_run_killed_in_the_middle_of_a_save(tmp_path):
     command = [sys.executable, "-m", "tests.properties.resuming", str(folder), "kill"]
     killed = subprocess.run(command, cwd=Path(__file__).parent.parent.parent, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert any("tmp" in path.name for path in folder.iterdir())  # it was in the middle
+    assert any("tmp" in path.name for path in folder.iterdir())  # killed in the middle
     with ocp.CheckpointManager(folder) as manager:
         assert manager.latest_step() == resuming.KILLED_AFTER - 1
     resumed = resuming.train(folder, kill=False)
@@ -119,7 +119,7 @@ def test_restored_where_the_fresh_state_lies():
 @pytest.mark.slow
 @of_orbax
 def test_without_factors_they_are_built_anew(tmp_path):
-    """The basis and Θ go on as they were; the next statistics are the new factors."""
+    """The basis and Θ are kept; the next statistics give the new factors."""
     run = Run(factor_interval=5, eigenbasis_interval=5, rescaling_interval=5)
     *_, (params, opt_state) = run.go_on(*run.start(), 0, 7)
     full = sum(x.nbytes for x in jax.tree.leaves(opt_state))
@@ -160,7 +160,7 @@ def says_built_anew(sentence):
 @pytest.mark.sampled
 @pytest.mark.parametrize("optimizer", [tekfac.kfac, tekfac.tkfac])
 def test_a_bad_batch_after_restoring_without_factors(optimizer):
-    """The product of eigenvalues is not taken of factors that are not there yet."""
+    """Eigenvalues are not computed from factors that do not exist yet."""
     run = Run(optimizer, factor_interval=1, eigenbasis_interval=1, rescaling_interval=1)
     *_, (params, opt_state) = run.go_on(*run.start(), 0, 3)
     before = on_host(tekfac.curvature(opt_state))
@@ -187,7 +187,7 @@ def test_a_state_without_factors_is_refused_as_it_is():
 
 
 def test_a_state_of_version_0_goes_on_as_it_would_have():
-    """Written by the last version whose states knew nothing of versions."""
+    """Written by the last version whose states had no version number."""
     record = serialization.msgpack_restore(VERSION_0.read_bytes())
     run = Run(factor_interval=2, eigenbasis_interval=3, rescaling_interval=2, damping_scale=1.0)
     params = jax.tree.map(jnp.asarray, record["params"])
@@ -200,7 +200,7 @@ def test_a_state_of_version_0_goes_on_as_it_would_have():
 
 
 def older(opt_state):
-    """The same state as version 0 kept it."""
+    """The same state in the format of version 0."""
 
     def strip(node):
         if not isinstance(node, tekfac.ScaleByTekfacState):
@@ -395,7 +395,7 @@ def test_a_train_state_is_restored_as_a_whole():
 
 
 def test_steps_of_an_interval():
-    """All steps between two at which everything is due are among those resumed from."""
+    """The steps resumed from cover a whole interval between two full refreshes."""
     assert int(np.lcm.reduce(list(resuming.INTERVALS.values()))) == STEPS
 
 

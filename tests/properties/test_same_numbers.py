@@ -1,7 +1,7 @@
-"""The numbers of ten steps are those that were saved: a change of structure changes none of them.
+"""Ten steps give the numbers that were saved: refactoring changes none of them.
 
-``python -m tests.properties.test_same_numbers`` saves them anew, after a change of the mathematics
-that is meant.
+``python -m tests.properties.test_same_numbers`` saves them again after an intended change of the
+mathematics.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 import tekfac_jax as tekfac
 
 SAVED = Path(__file__).parent / "same_numbers.npz"
-REORDERED = 1e-12  # relative, float64: sums in another order
+REORDERED = 1e-12  # relative, float64: sums may be in another order
 STEPS = 10
 INTERVALS = {"factor_interval": 2, "eigenbasis_interval": 3, "rescaling_interval": 4}
 

@@ -1,4 +1,4 @@
-"""What a step did to each layer, against numpy on the whole vectors."""
+"""`step_diagnostics` against numpy on each layer's whole vectors."""
 
 import functools
 
@@ -50,7 +50,7 @@ def degrees(x, y):
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_ratio_and_angle_of_whole_vectors(scale):
-    """At the ends a square is no number of float32 any more."""
+    """The squares of the extreme scales are out of float32's range."""
     updates = jax.tree.map(lambda x: scale * x, random_like(PARAMS, 2))
     found = jax.jit(functools.partial(tekfac.step_diagnostics, LAYERS))(PARAMS, GRADS, updates)
     assert set(found) == {f"Dense_{i}/{name}" for i in (0, 1) for name in ("update_ratio", "angle")}
@@ -66,7 +66,7 @@ def test_gradient_descent_has_no_angle_and_ascent_turns_around():
     for sign, expected in ((-0.1, 0), (0.1, 180)):
         updates = jax.tree.map(lambda g, sign=sign: sign * g, GRADS)
         found = tekfac.step_diagnostics(LAYERS, PARAMS, GRADS, updates)
-        # The arc cosine of a float32 would be off by hundredths of a degree.
+        # A float32 arc cosine would be off by hundredths of a degree.
         np.testing.assert_allclose(found["Dense_0/angle"], expected, atol=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_stacked_layers_show_the_largest():
     (path,) = layers
     grads = jax.grad(loss)(params, X)
     updates = jax.tree.map(lambda g, r: 0.3 * r - g, grads, random_like(params, 3))
-    # A member that does not move has no angle, and hides none.
+    # A member that does not move has no angle, and does not hide those of the others.
     updates = jax.tree.map(lambda x: x.at[1].set(0), updates)
     found = tekfac.step_diagnostics(layers, params, grads, updates)
     members = [
@@ -124,7 +124,7 @@ def test_stacked_layers_show_the_largest():
         for i in (0, 2)
     ]
     angle = max(degrees(step, -grad) for step, _, grad in members)
-    assert angle < 90  # which is what vectors of zeros would seem to have
+    assert angle < 90  # the angle that zero vectors would appear to have
     ratio = max(np.linalg.norm(step) / np.linalg.norm(weight) for step, weight, _ in members)
     np.testing.assert_allclose(found[f"{path}/angle"], angle, rtol=1e-5)
     np.testing.assert_allclose(found[f"{path}/update_ratio"], ratio, rtol=1e-5)
