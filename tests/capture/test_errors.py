@@ -458,7 +458,7 @@ def test_steps_without_statistics():
     for _ in range(2):
         _, state = tx.update(grads, state, params)
     assert tekfac.check_state(state, layers).startswith(
-        "No statistics that count have come so far (step 2)"
+        "No usable statistics have arrived so far (step 2)"
     )
     jax.jit(lambda state: tekfac.check_state(state, layers) or state)(state)
     _, state = tx.update(grads, state, params, stats=stats)
