@@ -35,7 +35,7 @@ def normal_form(spec: LayerSpec, capture: Capture, dtype: DType) -> tuple[jax.Ar
         if spec.kind == "norm":
             shape = (n, -1, spec.groups)
             return a.reshape(shape).astype(dtype), u.reshape(shape).astype(dtype)
-        # What meets the kernel at each position, (*window, c_in) flattened; then one axis a group.
+        # What the kernel multiplies at each position, then groups as a leading axis, then the bias.
         rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
         a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted]) * spec.groups)
         a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)

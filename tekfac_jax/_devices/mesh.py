@@ -115,6 +115,7 @@ def over_mesh(
         if not shard_state:
             return refresh(step, states, stats, examples)
 
+        # A divided state is gathered for the refresh and divided again, only if one is due.
         def run(states: States) -> States:
             whole = _gather_parts(states, mesh_axis)
             return _own_parts(refresh(step, whole, stats, examples), mesh_axis)
@@ -127,6 +128,7 @@ def over_mesh(
     def wrapped(
         step: jax.Array, states: States, stats: StatisticsOfBatch | None, examples: jax.Array
     ) -> States:
+        # Captures and folded matrices are divided over the axis; the rest is replicated.
         replicated = PartitionSpec()
         specs = {path: _specs(layer, mesh_axis) for path, layer in states.items()}
         stats_specs = specs_of_statistics(stats, layers, mesh, mesh_axis)

@@ -108,11 +108,11 @@ def _not_a_layer(path: str, layer: LayerState) -> str:
         is_left_out = value is None and name in _OPTIONAL
         if not (is_left_out or _has_shape(value)):
             return f"{name!r} of layer {path!r} is a {type(value).__name__} instead of an array."
-    is_folded = layer.q_psi.ndim == 1
+    are_folded = layer.q_psi.ndim == 1
     matrices = {"theta": layer.theta}
-    if not is_folded:
+    if not are_folded:
         matrices["q_psi"] = layer.q_psi
-    if not is_folded and layer.q_phi is not None:
+    if not are_folded and layer.q_phi is not None:
         matrices["q_phi"] = layer.q_phi
     for name, matrix in matrices.items():
         if matrix.ndim < 2:
