@@ -245,7 +245,10 @@ def test_a_state_of_a_later_version_is_refused():
 # --- what does not fit --------------------------------------------------------------------------
 
 OTHERS = {
-    "kfac": (lambda layers: tekfac.kfac(0.05, layers), "that of KFAC, and the optimizer is TEKFAC"),
+    "kfac": (
+        lambda layers: tekfac.kfac(0.05, layers),
+        "belongs to KFAC, but the optimizer is TEKFAC",
+    ),
     "ekfac": (lambda layers: tekfac.ekfac(0.05, layers), "belongs to EKFAC"),
     "tkfac": (lambda layers: tekfac.tkfac(0.05, layers), "belongs to TKFAC"),
     "factors": (
@@ -340,7 +343,7 @@ def test_what_is_missing_and_what_is_too_much_is_named():
     bare = tekfac.scale_by_tekfac(run.layers)
     raw = serialization.to_state_dict(bare.init(run.params))
     del raw["layers"]["head"]["theta"]
-    with pytest.raises(ValueError, match=r"has no \['layers/head/theta'\]"):
+    with pytest.raises(ValueError, match=r"lacks \['layers/head/theta'\]"):
         tekfac.restore_state(raw, bare.init(run.params))
 
 
