@@ -1,4 +1,4 @@
-"""Which contraction serves which kind of layer."""
+"""Chooses the contractions for each kind of layer."""
 
 import math
 from collections.abc import Sequence
@@ -7,20 +7,22 @@ import jax
 
 from tekfac_jax._curvature import cost, dense, embedding, normalisation
 from tekfac_jax._curvature.chunks import Contraction, positions_of
-from tekfac_jax._curvature.dense import Rescaling
+from tekfac_jax._curvature.dense import Contractions, Factors, Rescaling
 from tekfac_jax._layers.spec import LayerSpec
 from tekfac_jax._layers.statistics import Capture, FactorKind
 
-_FORMED = 2**24  # numbers that the G_n of a batch may take up
-FORMED_IN_ALL = 2**27  # and those of all layers, where they are kept at the same time
+_FORMED = 2**24  # the most numbers that the G_n of one layer may have
+FORMED_IN_ALL = 2**27  # the same for all layers whose G_n are kept at the same time
 
 
-def factors_of(spec: LayerSpec, kind: FactorKind) -> Contraction:
+def factors_of(spec: LayerSpec, kind: FactorKind) -> Contraction[Factors]:
     """The two factors of a layer: exact or location (Φ and Ψ), or plain (A and U)."""
-    return _contractions_of(spec)[kind]
+    return getattr(_contractions_of(spec), kind)
 
 
-def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> Contraction:
+def rescaling_of(
+    spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array
+) -> Contraction[Rescaling]:
     """Θ in a basis, and the rest outside of it; `q_phi` is None for an embedding."""
 
     def theta(a: jax.Array, u: jax.Array) -> jax.Array:
@@ -46,10 +48,10 @@ def rescaling_of(spec: LayerSpec, q_phi: jax.Array | None, q_psi: jax.Array) -> 
 def numbers_formed_once(
     spec: LayerSpec, captures: Sequence[Capture], theta_shape: tuple[int, ...]
 ) -> int:
-    """The size of the G_n from which both exact factors and Θ come, where that is cheaper.
+    """The size of the G_n that give both exact factors and Θ, if that is cheaper.
 
     Returns:
-        Numbers that are kept between the two; 0: each is contracted by itself.
+        How many numbers are kept between the two; 0 if each is contracted by itself.
     """
     if spec.kind not in ("dense", "conv"):
         return 0
@@ -61,22 +63,16 @@ def numbers_formed_once(
     return numbers if pays and numbers <= _FORMED else 0
 
 
-def gradient_of(spec: LayerSpec) -> Contraction:
+def gradient_of(spec: LayerSpec) -> Contraction[jax.Array]:
     """Σ_n G_n itself."""
-    return _contractions_of(spec)["gradient"]
+    return _contractions_of(spec).gradient
 
 
-def _contractions_of(spec: LayerSpec) -> dict[str, Contraction]:
-    """By name."""
+def _contractions_of(spec: LayerSpec) -> Contractions:
     if spec.kind == "norm":
         return normalisation.contractions(spec.use_bias)
     if spec.kind == "embed" and spec.attended:
         return embedding.attended_contractions()
     if spec.kind == "embed":
         return embedding.contractions(spec.in_dim)
-    return {
-        "exact": dense.exact_factors,
-        "location": dense.location_factors,
-        "plain": dense.plain_factors,
-        "gradient": dense.gradient,
-    }
+    return dense.contractions()

@@ -1,6 +1,10 @@
-"""Sums over examples, a chunk of them at a time: memory stays bounded."""
+"""Sums over examples, one chunk at a time, so that memory stays bounded."""
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar
 
@@ -15,12 +19,12 @@ from tekfac_jax._layers.types import DType, PyTree
 
 T = TypeVar("T")
 
-# Examples handled at once, where memory allows, and the numbers that they may take up.
+# How many examples are handled at once if memory allows, and the most numbers they may take up.
 _EXAMPLES_CPU = 8
 _EXAMPLES = 32
 _NUMBERS = 2**26
 
-# So many numbers are handled at once, of however many examples: a loop would only take compiling.
+# Up to this size there is no loop: it would only add compile time.
 _NO_LOOP = 2**21
 
 # From `a` [*lead, n, t, in[+1]] and `u` [*lead, n, t, out] to sums over the n examples.
@@ -37,9 +41,9 @@ def sum_over_examples(
     """Applies a contraction to a layer's captures, a chunk of examples at a time.
 
     Args:
-        contract: function of `a` [*lead, n, T, in[+1]] and `u` [*lead, n, T, out], sums over n.
+        contract: function of `a` [*lead, n, T, in[+1]] and `u` [*lead, n, T, out] that sums over n.
         spec: the layer.
-        captures: one per call; further calls count as further positions.
+        captures: one per call; the positions of all calls are concatenated.
         scale: what turns `u` into the gradient of the summed loss.
         dtype: of the arithmetic.
 
@@ -61,13 +65,17 @@ def map_over_examples(
     scale: jax.Array,
     dtype: DType,
 ) -> jax.Array:
-    """The same for a function that gives an array [*lead, n, ...]: one for all examples."""
+    """The same for a function that returns [*lead, n, ...]: concatenated over the chunks."""
     of_chunk = _on_captures(function, spec, scale, dtype)
     first, last = _split(captures, len(spec.stack), chunk_size(spec, captures))
     axis = len(spec.lead)
     if first is None:
         return of_chunk(last)
-    _, parts = lax.scan(lambda _, chunk: (None, of_chunk(chunk)), None, first)
+
+    def next_chunk(carry: None, chunk: Sequence[Capture]) -> tuple[None, jax.Array]:
+        return None, of_chunk(chunk)
+
+    _, parts = lax.scan(next_chunk, None, first)
     parts = jnp.moveaxis(parts, 0, axis)
     whole = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
     return whole if last is None else jnp.concatenate([whole, of_chunk(last)], axis=axis)
@@ -79,7 +87,7 @@ def sum_in_chunks(function: Callable[[PyTree], T], arrays: PyTree, axis: int, si
     if first is None:
         return function(last)
     if last is None:
-        one = jax.tree.map(lambda x: x[0], first)
+        one = jax.tree.map(operator.itemgetter(0), first)
         start = jax.tree.map(zeros_like, jax.eval_shape(function, one))
     else:
         start = function(last)
@@ -93,7 +101,7 @@ def sum_in_chunks(function: Callable[[PyTree], T], arrays: PyTree, axis: int, si
 def _on_captures(
     contract: Contraction[T], spec: LayerSpec, scale: jax.Array, dtype: DType
 ) -> Callable[[Sequence[Capture]], T]:
-    """A function of `a` and `u` as one of captures."""
+    """A contraction as a function of captures instead of `a` and `u`."""
 
     def on_captures(chunk: Sequence[Capture]) -> T:
         scaled = [Capture(c.a, c.u.astype(dtype) * scale.astype(dtype)) for c in chunk]
@@ -106,20 +114,23 @@ def _on_captures(
 
 
 def _split(arrays: PyTree, axis: int, size: int) -> tuple[PyTree, PyTree]:
-    """Equal chunks, stacked, and what remains; None: there are no such."""
+    """Equal chunks with a new leading axis, and the remainder; None for either if it is empty."""
     n = jax.tree.leaves(arrays)[0].shape[axis]
-    size = -(-n // -(-n // size))  # as even as can be
+    size = -(-n // -(-n // size))  # as even as possible
     if size == n:
         return None, arrays
-    chunks, rest = divmod(n, size)
+    chunks, remainder = divmod(n, size)
 
-    def stacked(x: jax.Array) -> jax.Array:
-        x = lax.slice_in_dim(x, 0, n - rest, axis=axis)
+    def equal_chunks(x: jax.Array) -> jax.Array:
+        x = lax.slice_in_dim(x, 0, n - remainder, axis=axis)
         x = x.reshape(*x.shape[:axis], chunks, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 0)
 
-    last = jax.tree.map(lambda x: lax.slice_in_dim(x, n - rest, n, axis=axis), arrays)
-    return jax.tree.map(stacked, arrays), last if rest else None
+    def last_chunk(x: jax.Array) -> jax.Array:
+        return lax.slice_in_dim(x, n - remainder, n, axis=axis)
+
+    last = jax.tree.map(last_chunk, arrays)
+    return jax.tree.map(equal_chunks, arrays), last if remainder else None
 
 
 def chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
@@ -128,24 +139,24 @@ def chunk_size(spec: LayerSpec, captures: Sequence[Capture]) -> int:
     n, layers = captures[0].u.shape[len(spec.stack)], math.prod(spec.lead)
     if t == 1:
         return n
-    if spec.kind == "embed" and not spec.attended:  # G_n only in the rows that an example names
+    if spec.kind == "embed" and not spec.attended:  # G_n only in the rows that an example reads
         numbers, factors = t * (t + o), o * o
     else:
         numbers, factors = t * (i + o) + i * o, i * i + o * o
     if layers * n * numbers <= _NO_LOOP:
         return n
-    # Adding a chunk's factors to the sum shall not cost more than reading the chunk.
-    wished = max(usual_size(), 2 * factors // (t * (i + o)))
-    return max(1, min(n, wished, _NUMBERS // (layers * numbers)))
+    # Adding a chunk's factors to the sum should not cost more than reading the chunk.
+    preferred = max(usual_size(), 2 * factors // (t * (i + o)))
+    return max(1, min(n, preferred, _NUMBERS // (layers * numbers)))
 
 
 def chunk_size_of(array: jax.Array, axis: int) -> int:
-    """The same for an array, with the examples along an axis."""
+    """The same for an array with the examples along an axis."""
     return array.shape[axis] if array.size <= _NO_LOOP else usual_size()
 
 
 def usual_size() -> int:
-    """Examples handled at once where nothing speaks for more."""
+    """How many examples are handled at once by default."""
     return _EXAMPLES_CPU if on_cpu() else _EXAMPLES
 
 
@@ -156,5 +167,5 @@ def positions_of(spec: LayerSpec, captures: Sequence[Capture]) -> int:
 
 
 def on_cpu() -> bool:
-    """Small matrix products are fast there and large batched ones are not; elsewhere reversed."""
+    """Whether JAX runs on CPU, where many small products are faster than one large batched one."""
     return jax.default_backend() == "cpu"

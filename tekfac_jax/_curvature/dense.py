@@ -1,12 +1,15 @@
 """Pure contractions: from captures to factors and to the re-scaling Θ.
 
-Every function returns a **sum over examples**; the caller divides by their number, after adding
-up over devices where there are several. Within a layer everything is a function of
+Every function returns a **sum over examples**. The caller divides by their number, after summing
+over devices if there are several. Everything is a function of
 
     G_n = Σ_t a_nt u_ntᵀ    (*lead, in[+1], out), the gradient of example n,
 
-and positions are summed before anything is squared.
+where positions are summed before anything is squared.
 """
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jnp.einsum`, `jnp.zeros` and others untyped.
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,14 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from tekfac_jax._curvature.chunks import on_cpu
+from tekfac_jax._curvature.chunks import Contraction, on_cpu
 from tekfac_jax._curvature.cost import factor_order, rescaling_order
 from tekfac_jax._curvature.eigenbasis import HIGHEST
 from tekfac_jax._layers.spec import LayerSpec, keeps_all, zeros_like
 
-# Of so few positions Σ (Σ_t a_t u_tᵀ)² is one matrix product over pairs of positions.
+# Up to so many positions, Σ (Σ_t a_t u_tᵀ)² is one matrix product over pairs of positions.
 _FEW = 4
-_BLOCK = 256  # rows of a matrix product that still runs near the peak
+_BLOCK = 256  # rows of the smallest matrix product that still runs near peak speed
 
 
 class Factors(NamedTuple):
@@ -38,11 +41,27 @@ class Factors(NamedTuple):
     psi: jax.Array
 
 
+class Contractions(NamedTuple):
+    """The contractions of one kind of layer: functions of `a` and `u` that sum over examples.
+
+    Attributes:
+        exact: Φ and Ψ as the partial traces of the Fisher block.
+        location: Φ and Ψ with positions taken as uncorrelated.
+        plain: KFAC's A and U.
+        gradient: Σ_n G_n itself, (*lead, in[+1], out).
+    """
+
+    exact: Contraction[Factors]
+    location: Contraction[Factors]
+    plain: Contraction[Factors]
+    gradient: Contraction[jax.Array]
+
+
 def exact_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]) -> Factors:
     """Σ_n G_n G_nᵀ and Σ_n G_nᵀ G_n: the partial traces of the Fisher block.
 
-    Generalises Eq. 2.10 of the paper to several positions; the traces are Σ_n ‖G_n‖² = δN. Each
-    through G_n, or through products of positions: whichever is cheaper (`_orders`).
+    Generalises Eq. 2.10 of the paper to several positions; both traces are Σ_n ‖G_n‖² = δN. Each
+    factor comes from G_n or from products of positions, whichever is cheaper (`cost`).
     """
     t, i, o = *a.shape[-2:], u.shape[-1]
     if t == 1:
@@ -50,7 +69,7 @@ def exact_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
     order = factor_order(t, i, o)
     if not any(order):
         return Factors(_through_positions(a, u), _through_positions(u, a))
-    found = factors_of_gradients(gradients(a, u))  # XLA drops the one that is not used
+    found = factors_of_gradients(gradients(a, u))  # XLA drops an unused one
     return Factors(
         found.phi if order.phi_from_gradient else _through_positions(a, u),
         found.psi if order.psi_from_gradient else _through_positions(u, a),
@@ -85,13 +104,13 @@ def _through_positions(
     products = jnp.matmul(y, y.mT, precision=HIGHEST)
     z = jnp.matmul(products, x, precision=HIGHEST)
     found = _symmetric(columns, *map(_positions_as_examples, (x, z)), axis=-1)
-    return (found + found.mT) / 2  # but for rounding it is
+    return (found + found.mT) / 2  # symmetric but for rounding
 
 
 def _symmetric(
     product: Callable[[Array, Array], Array], x: Array, y: Array, axis: int
 ) -> Float[Array, "*lead d d"]:
-    """A symmetric product. A large one is built from blocks, three products of four."""
+    """A symmetric product; a large one is built from blocks: three products instead of four."""
     half = x.shape[axis] // 2
     if half < _BLOCK:
         return product(x, y)
@@ -103,7 +122,7 @@ def _symmetric(
 
 
 def location_factors(a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]) -> Factors:
-    """Σ_nt ‖u‖² aaᵀ and Σ_nt ‖a‖² uuᵀ: Eq. 2.10 with positions taken as uncorrelated."""
+    """Σ_nt ‖u‖² aaᵀ and Σ_nt ‖a‖² uuᵀ: Eq. 2.10, with positions taken as uncorrelated."""
     a, u = _positions_as_examples(a), _positions_as_examples(u)
     a_norms = jnp.sum(a**2, axis=-1, keepdims=True)
     u_norms = jnp.sum(u**2, axis=-1, keepdims=True)
@@ -131,8 +150,8 @@ def rescaling(
 ) -> Float[Array, "*lead r p"]:
     """Σ_n (Q_Φᵀ G_n Q_Ψ)²: the re-scaling Θ of Eq. 3.2, the square inside the mean.
 
-    Each side is rotated at every position, before G_n is formed, or in G_n: whichever is cheaper
-    (`_orders`).
+    Each side is rotated either at every position, before G_n is formed, or in G_n: whichever is
+    cheaper (`cost`).
     """
     (t, i), o, r, p = a.shape[-2:], u.shape[-1], q_phi.shape[-1], q_psi.shape[-1]
     order = rescaling_order(t, i, o, r, p)
@@ -151,12 +170,12 @@ def rescaling_of_gradients(
     q_phi: Float[Array, "*lead i r"] | None,
     q_psi: Float[Array, "*lead o p"] | None,
 ) -> Float[Array, "*lead r p"]:
-    """Σ_n (Q_Φᵀ G_n Q_Ψ)²; None: that side is rotated already."""
+    """Σ_n (Q_Φᵀ G_n Q_Ψ)²; a side whose basis is None is rotated already."""
     if q_psi is not None:
         g = jnp.einsum("...nio,...op->...nip", g, q_psi, precision=HIGHEST)
     if q_phi is None:
         return jnp.sum(g**2, axis=-3)
-    # Examples in the middle: then the rotation is one matrix product.
+    # With examples in the middle the rotation is one matrix product.
     g = jnp.einsum("...ir,...nip->...rnp", q_phi, g, precision=HIGHEST)
     return jnp.sum(g**2, axis=-2)
 
@@ -164,7 +183,7 @@ def rescaling_of_gradients(
 def _squared_gradients(
     a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
 ) -> Float[Array, "*lead i o"]:
-    """Σ_n (Σ_t a_nt u_ntᵀ)², without all G_n at once where these are what takes the time."""
+    """Σ_n (Σ_t a_nt u_ntᵀ)², without forming all G_n at once where that would dominate the time."""
     t, i, o = *a.shape[-2:], u.shape[-1]
     if t <= _FEW:
         # (Σ_t x_t)² = Σ_t x_t² + 2 Σ_k Σ_t x_t x_(t+k): over pairs of positions, k apart.
@@ -174,22 +193,23 @@ def _squared_gradients(
         a, u = _positions_as_examples(a), _positions_as_examples(u * counted)
         return jnp.maximum(jnp.matmul(a.mT, u, precision=HIGHEST), 0)  # rounding may leave −0
     if on_cpu() and a.ndim == 3 and 2 * i * o >= t * (i + o):
+        # One G_n at a time stays in the cache.
+        def one(a: Array, u: Array) -> Array:
+            return jnp.matmul(a.mT, u, precision=HIGHEST) ** 2
 
         def add(total: Array, example: tuple[Array, Array]) -> tuple[Array, None]:
-            x, y = example
-            return total + jnp.matmul(x.mT, y, precision=HIGHEST) ** 2, None
+            return total + one(*example), None
 
-        like = jax.eval_shape(lambda x, y: jnp.matmul(x.mT, y), a[0], u[0])
-        return lax.scan(add, zeros_like(like), (a, u))[0]
+        return lax.scan(add, zeros_like(jax.eval_shape(one, a[0], u[0])), (a, u))[0]
     return jnp.sum(gradients(a, u) ** 2, axis=-3)
 
 
 class Rescaling(NamedTuple):
-    """Θ in the columns of a basis, and the trace that lies outside of them, summed over examples.
+    """Θ in the columns of a basis, and the trace outside of them, summed over examples.
 
     Attributes:
         theta: Σ_n (Q_Φᵀ G_n Q_Ψ)², (kept columns of Q_Φ, of Q_Ψ).
-        rest: Σ_n ‖G_n‖² − Σ Θ, of the same examples; zero where every column is kept.
+        rest: Σ_n ‖G_n‖² − Σ Θ, over the same examples; zero if every column is kept.
     """
 
     theta: jax.Array
@@ -199,7 +219,7 @@ class Rescaling(NamedTuple):
 def with_rest(
     spec: LayerSpec, theta: Float[Array, "*lead r p"], trace: Callable[[], Float[Array, "*lead"]]
 ) -> Rescaling:
-    """Θ, and what of the trace lies outside of its columns; `trace` is called if some are left out."""
+    """Θ and the trace outside of its columns; calls `trace` only if some columns are left out."""
     kept = jnp.sum(theta, axis=(-2, -1))
     if keeps_all(spec, theta.shape):
         return Rescaling(theta, jnp.zeros_like(kept))
@@ -209,9 +229,9 @@ def with_rest(
 def squared_norms(
     a: Float[Array, "*lead n t i"], u: Float[Array, "*lead n t o"]
 ) -> Float[Array, "*lead"]:
-    """Σ_n ‖G_n‖², through G_n or through the positions' products, whichever is cheaper."""
-    positions, i, o = *a.shape[-2:], u.shape[-1]
-    if positions * (i + o) > i * o:
+    """Σ_n ‖G_n‖², from G_n or from products of positions, whichever is cheaper."""
+    t, i, o = *a.shape[-2:], u.shape[-1]
+    if t * (i + o) > i * o:
         return jnp.sum(gradients(a, u) ** 2, axis=(-3, -2, -1))
     a, u = (jnp.matmul(x, x.mT, precision=HIGHEST) for x in (a, u))
     return jnp.sum(a * u, axis=(-3, -2, -1))
@@ -222,6 +242,11 @@ def gradient(
 ) -> Float[Array, "*lead i o"]:
     """Σ_n G_n itself."""
     return jnp.einsum("...nti,...nto->...io", a, u, precision=HIGHEST)
+
+
+def contractions() -> Contractions:
+    """The contractions of a dense layer or a convolution."""
+    return Contractions(exact_factors, location_factors, plain_factors, gradient)
 
 
 def _positions_as_examples(x: Float[Array, "*lead n t d"]) -> Float[Array, "*lead m d"]:

@@ -1,9 +1,9 @@
-"""The Kronecker-factored eigenbasis: moving Θ into it, using it.
+"""The Kronecker-factored eigenbasis: transporting Θ into it, preconditioning in it.
 
-Q_Φ is None where it is the identity; Φ is then a vector, its diagonal.
+Where Q_Φ is the identity it is None, and Φ is a vector, its diagonal.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ HIGHEST = lax.Precision.HIGHEST
 def trace(
     factor: Float[Array, "..."], q: Float[Array, "*lead d r"] | None
 ) -> Float[Array, "*lead"]:
-    """The trace of each factor; without a basis it is the vector of a diagonal."""
+    """The trace of each factor; without a basis the factor is a diagonal, kept as a vector."""
     return jnp.sum(factor, axis=-1) if q is None else matrix_trace(factor)
 
 
@@ -31,7 +31,7 @@ def eigenvalues_in(
     factor: Float[Array, "..."],
     q: Float[Array, "*lead d r"] | None,
 ) -> Float[Array, "*lead r"]:
-    """diag(Qᵀ X Q), not below zero: the eigenvalues where Q is the factor's own eigenbasis."""
+    """diag(Qᵀ X Q), clipped at zero: the eigenvalues if Q is the factor's own eigenbasis."""
     if q is None:
         return jnp.maximum(factor, 0)
     rotated = jnp.matmul(factor, q, precision=HIGHEST)
@@ -46,9 +46,9 @@ def transport(
 ) -> tuple[Float[Array, "*lead r p"], Float[Array, "*lead"]]:
     """Θ of an old basis seen in a new one: (R_Φ∘R_Φ)ᵀ Θ (R_Ψ∘R_Ψ) with R = Q_oldᵀ Q_new.
 
-    The diagonal of the old operator in the new basis. Keeps the trace and the sign, and undoes
-    exactly what `eigh` may do to the order and the signs of its columns. Outside of the columns
-    that are kept the old operator is θ⊥, and `rest` is what of its trace lies there.
+    This is the diagonal of the old operator in the new basis. It keeps the trace and the sign, and
+    it is exact if the new basis only reorders columns or flips their signs. Outside of the kept
+    columns the old operator is θ⊥, and `rest` is the trace there.
     """
     if _number_outside(theta, old) == 0:
         return _seen_in(theta, old, new), rest
@@ -77,11 +77,12 @@ def outside(
     rest: Float[Array, "*lead"],
     q: tuple[Float[Array, "*lead i r"] | None, Float[Array, "*lead o p"]],
 ) -> Float[Array, "*lead"]:
-    """θ⊥: the mean eigenvalue outside of the columns that are kept; zero where all are."""
+    """θ⊥: the mean eigenvalue outside of the kept columns; zero if all are kept."""
     return jnp.maximum(rest, 0) / max(1, _number_outside(theta, q))  # rounding may leave −0
 
 
 def _number_outside(theta: Array, q: tuple[Array | None, Array]) -> int:
+    """How many eigenvalues lie outside of the kept columns."""
     q_phi, q_psi = q
     rows = theta.shape[-2] if q_phi is None else q_phi.shape[-2]
     return rows * q_psi.shape[-2] - theta.shape[-2] * theta.shape[-1]
@@ -92,7 +93,7 @@ def rotate(
     q_phi: Float[Array, "*lead i r"] | None,
     q_psi: Float[Array, "*lead o p"],
 ) -> Float[Array, "*lead r p"]:
-    """Q_Φᵀ G Q_Ψ: (Q_Φ⊗Q_Ψ)ᵀ vec(G), row-major; the side first that leaves less to the other."""
+    """Q_Φᵀ G Q_Ψ = (Q_Φ⊗Q_Ψ)ᵀ vec(G), row-major, multiplied in the cheaper order."""
     if q_phi is None:
         return jnp.matmul(g, q_psi, precision=HIGHEST)
     (i, r), (o, p) = q_phi.shape[-2:], q_psi.shape[-2:]
@@ -109,10 +110,10 @@ def precondition(
     rest: Float[Array, "*lead"],
     damping: Float[Array, "*lead"],
 ) -> Float[Array, "*lead i o"]:
-    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ: Algorithm 1's three lines before the step (Eq. 3.9).
+    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ: the three lines of Algorithm 1 before the step (Eq. 3.9).
 
-    Where not all columns are kept the operator is θ⊥ outside of them, and so the update there
-    G / (θ⊥ + λ).
+    If some columns are left out, the operator outside of the kept ones is θ⊥, so the update there
+    is G / (θ⊥ + λ).
     """
     back = (None if q_phi is None else q_phi.mT), q_psi.mT
     damping = damping[..., None, None]
@@ -124,7 +125,7 @@ def precondition(
 
 
 class Basis(NamedTuple):
-    """The eigenbasis that Θ is measured in; Q_Φ is None where it is the identity."""
+    """The eigenbasis in which Θ is measured; Q_Φ is None where it is the identity."""
 
-    q_phi: Any
+    q_phi: jax.Array | None
     q_psi: jax.Array

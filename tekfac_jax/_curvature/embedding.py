@@ -1,27 +1,30 @@
 """Contractions of an embedding, whose input is one row number at each position.
 
-G_n = Σ_t e_{id_t} u_ntᵀ has a row for each row of the table and is zero in all that the example
-does not name. Its input basis is the standard one, Q_Φ = I, in which Φ is diagonal: a vector.
-Nothing here is as large as the square of the table's rows.
+G_n = Σ_t e_{id_t} u_ntᵀ has one row per row of the table and is zero in the rows that example n
+does not read. The input basis is the standard one, Q_Φ = I, in which Φ is diagonal: a vector.
+No array here grows with the square of the number of rows.
 
-A table that is attended too, as a tied output head, gets gradient in all its rows: G_n is formed.
+A table that is also attended, as a tied output head, gets a gradient in every row. Its G_n is
+formed.
 """
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jnp.einsum`, `jnp.zeros` and others untyped.
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tekfac_jax._curvature import dense
-from tekfac_jax._curvature.chunks import Contraction
-from tekfac_jax._curvature.dense import Factors
+from tekfac_jax._curvature.dense import Contractions, Factors
 from tekfac_jax._curvature.eigenbasis import HIGHEST
 from tekfac_jax._curvature.normal_form import row_numbers
 
 
-def contractions(rows: int) -> dict[str, Contraction]:
-    """The contractions of `_statistics`, by name, for a table of so many rows.
+def contractions(rows: int) -> Contractions:
+    """The contractions of a table with that number of rows.
 
-    Each takes `a` [*lead, n, t, 1], row numbers, and `u` [*lead, n, t, o], and sums over n.
+    Each takes `a` [*lead, n, t, 1], row numbers, and `u` [*lead, n, t, o].
     """
 
     def exact(a: Array, u: Array) -> Factors:
@@ -29,8 +32,8 @@ def contractions(rows: int) -> dict[str, Contraction]:
         return Factors(_scatter(ids, jnp.sum(g**2, axis=-1), rows), dense.gram(g))
 
     def location(a: Array, u: Array) -> Factors:
-        norms = jnp.sum(u**2, axis=-1)
-        return Factors(_scatter(row_numbers(a[..., 0], rows), norms, rows), dense.gram(u))
+        u_norms = jnp.sum(u**2, axis=-1)
+        return Factors(_scatter(row_numbers(a[..., 0], rows), u_norms, rows), dense.gram(u))
 
     def plain(a: Array, u: Array) -> Factors:
         counts = _scatter(row_numbers(a[..., 0], rows), jnp.ones(a.shape[:-1], u.dtype), rows)
@@ -39,7 +42,7 @@ def contractions(rows: int) -> dict[str, Contraction]:
     def gradient(a: Array, u: Array) -> Array:
         return _scatter(row_numbers(a[..., 0], rows), u, rows)
 
-    return {"exact": exact, "location": location, "plain": plain, "gradient": gradient}
+    return Contractions(exact, location, plain, gradient)
 
 
 def rescaling(
@@ -57,7 +60,7 @@ def rescaling(
 def _rows_of_gradient(
     a: Float[Array, "*lead n t 1"], u: Float[Array, "*lead n t o"], rows: int
 ) -> tuple[Int[Array, "*lead n t"], Float[Array, "*lead n t o"]]:
-    """The rows of G_n that are not zero: where an example names a row first, all it has there."""
+    """The nonzero rows of G_n, each at the position where the example first reads that row."""
     ids = row_numbers(a[..., 0], rows)
     same = ids[..., :, None] == ids[..., None, :]
     g = jnp.einsum("...nts,...nso->...nto", same.astype(u.dtype), u, precision=HIGHEST)
@@ -74,8 +77,8 @@ def squared_norms(
     return jnp.sum(g**2, axis=(-3, -2, -1))
 
 
-def attended_contractions() -> dict[str, Contraction]:
-    """The same for a table that is attended: `a` [*lead, n, t, rows] is what meets each row."""
+def attended_contractions() -> Contractions:
+    """The same for a table that is attended: `a` [*lead, n, t, rows] multiplies its rows."""
 
     def exact(a: Array, u: Array) -> Factors:
         g = dense.gradients(a, u)
@@ -88,7 +91,7 @@ def attended_contractions() -> dict[str, Contraction]:
     def plain(a: Array, u: Array) -> Factors:
         return Factors(jnp.sum(a**2, axis=(-3, -2)), dense.gram(u) / a.shape[-2])
 
-    return {"exact": exact, "location": location, "plain": plain, "gradient": dense.gradient}
+    return Contractions(exact, location, plain, dense.gradient)
 
 
 def attended_rescaling(
@@ -96,17 +99,17 @@ def attended_rescaling(
     u: Float[Array, "*lead n t o"],
     q_psi: Float[Array, "*lead o p"],
 ) -> Float[Array, "*lead v p"]:
-    """Σ_n (G_n Q_Ψ)², the narrow side rotated before G_n is formed."""
+    """Σ_n (G_n Q_Ψ)², with the narrow side rotated before G_n is formed."""
     u = jnp.einsum("...nto,...op->...ntp", u, q_psi, precision=HIGHEST)
     return jnp.sum(dense.gradients(a, u) ** 2, axis=-3)
 
 
 def _scatter(ids: Array, values: Array, rows: int) -> Array:
-    """Adds values [*lead, n, t, ...] up by row number: [*lead, rows, ...]."""
+    """Sums values [*lead, n, t, ...] by row number: [*lead, rows, ...]."""
 
     def one(ids: jax.Array, values: jax.Array) -> jax.Array:
-        further = values.shape[ids.ndim :]
-        return jnp.zeros((rows, *further), values.dtype).at[ids].add(values, mode="drop")
+        features = values.shape[ids.ndim :]
+        return jnp.zeros((rows, *features), values.dtype).at[ids].add(values, mode="drop")
 
     for _ in range(ids.ndim - 2):
         one = jax.vmap(one)

@@ -1,45 +1,49 @@
-"""Layers of equal shapes together: on GPU one batched operation instead of many small ones."""
+"""Layers of equal shapes together: on GPU one batched operation replaces many small ones."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+# pyright: reportUnknownMemberType=false
+# jaxlib has no types for the structure of a pytree.
+
+import operator
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 
 from tekfac_jax._curvature.chunks import on_cpu
+from tekfac_jax._layers.types import PyTree
 
-_Key = TypeVar("_Key")
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 def batches_equal_shapes() -> bool:
-    """On CPU one after another is as fast, and compiles sooner."""
+    """Whether batching pays: on CPU, one after another is as fast and compiles sooner."""
     return not on_cpu()
 
 
-def by_shape(
-    function: Callable[..., Any], arguments: Mapping[_Key, tuple[Any, ...]]
-) -> dict[_Key, Any]:
-    """`function(*arguments)` for each key; where it pays, one call for those of equal shapes.
+def by_shape(function: Callable[..., T], arguments: Mapping[K, tuple[PyTree, ...]]) -> dict[K, T]:
+    """`function(*arguments)` for each key; where batching pays, one call per set of equal shapes.
 
     Args:
-        function: pure, of arrays, and indifferent to further leading axes.
-        arguments: pytrees of arrays. Those of equal structure, shapes and dtypes are stacked.
+        function: a pure function of arrays that accepts further leading axes.
+        arguments: pytrees of arrays. Those of equal structure, shapes and dtypes are batched.
 
     Returns:
         The results by key, in the order of `arguments`.
     """
-    groups: dict[Any, list[_Key]] = {}
+    groups: dict[Hashable, list[K]] = {}
     for key, values in arguments.items():
-        leaves, structure = jax.tree.flatten(values)
-        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        shapes = tuple((jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(values))
+        structure = cast(Hashable, jax.tree.structure(values))
         groups.setdefault((structure, shapes) if batches_equal_shapes() else key, []).append(key)
-    found: dict[_Key, Any] = {}
+    found: dict[K, T] = {}
     for keys in groups.values():
         if len(keys) == 1:
             found[keys[0]] = function(*arguments[keys[0]])
             continue
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(arguments[k] for k in keys))
-        results = function(*stacked)
+        batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(arguments[k] for k in keys))
+        results = function(*batch)
         for index, key in enumerate(keys):
-            found[key] = jax.tree.map(lambda leaf, index=index: leaf[index], results)
+            found[key] = jax.tree.map(operator.itemgetter(index), results)
     return {key: found[key] for key in arguments}

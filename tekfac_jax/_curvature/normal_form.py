@@ -1,7 +1,13 @@
-"""TODO: _curvature/normal_form"""
+"""The normal form: each call of a layer as inputs [N, T, in[+1]] and output gradients [N, T, out].
+
+Layer kinds differ here and in the contractions; everything else is one formula.
+"""
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jnp.pad` untyped.
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +16,16 @@ from jax import lax
 
 from tekfac_jax._layers.spec import LayerSpec
 from tekfac_jax._layers.statistics import Capture
+from tekfac_jax._layers.types import DType, Shaped
 
 
-def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Array, jax.Array]:
+def normal_form(spec: LayerSpec, capture: Capture, dtype: DType) -> tuple[jax.Array, jax.Array]:
     """One call as `a` [*lead, N, T, in[+1]] and `u` [*lead, N, T, out], in `dtype`.
 
-    Of an embedding `a` is [*lead, N, T, 1], the row numbers. Where its table is attended too `a`
-    is [*lead, N, T, rows]: a 1 in the row that is read, and from `attend`, whose gradient is
-    Σ_t u_nt a_ntᵀ, what its output received; `u` is the other side. Of a normalisation both are
-    [*stack, N, T, features].
+    For an embedding `a` holds the row numbers, [*lead, N, T, 1]. If its table is also attended, `a`
+    is [*lead, N, T, rows]: one-hot for a lookup. For a call of `attend`, whose gradient is
+    Σ_t u_nt a_ntᵀ, the two sides are exchanged: `a` is the gradient of the scores. For a
+    normalisation both are [*stack, N, T, features].
     """
 
     def one(a: jax.Array, u: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -28,6 +35,7 @@ def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Arra
         if spec.kind == "norm":
             shape = (n, -1, spec.groups)
             return a.reshape(shape).astype(dtype), u.reshape(shape).astype(dtype)
+        # What the kernel multiplies at each position, then groups as a leading axis, then the bias.
         rows = _patches(spec, a) if spec.kind == "conv" else _contracted_last(spec, a)
         a = rows.reshape(n, -1, math.prod(spec.kernel_shape[: spec.contracted]) * spec.groups)
         a, u = a.astype(dtype), u.reshape(n, -1, spec.groups, spec.out_dim).astype(dtype)
@@ -42,8 +50,9 @@ def normal_form(spec: LayerSpec, capture: Capture, dtype: Any) -> tuple[jax.Arra
 
 
 def _rows_and_vectors(
-    spec: LayerSpec, a: jax.Array, u: jax.Array, dtype: Any
+    spec: LayerSpec, a: jax.Array, u: jax.Array, dtype: DType
 ) -> tuple[jax.Array, jax.Array]:
+    """`a` and `u` of one call of an embedding."""
     n, rows = u.shape[0], spec.in_dim
     if is_attend(a, u):
         return u.reshape(n, -1, rows).astype(dtype), a.reshape(n, -1, spec.out_dim).astype(dtype)
@@ -53,13 +62,13 @@ def _rows_and_vectors(
     return a.reshape(n, -1, 1).astype(dtype), u.reshape(n, -1, spec.out_dim).astype(dtype)
 
 
-def is_attend(a: Any, u: Any) -> bool:
-    """Whether an embedding's call was `attend`: its input is vectors, not row numbers."""
+def is_attend(a: Shaped, u: Shaped) -> bool:
+    """Whether an embedding's call was `attend`, whose input is vectors instead of row numbers."""
     return a.ndim == u.ndim
 
 
 def row_numbers(a: jax.Array, rows: int) -> jax.Array:
-    """An embedding's input as integers; negative ones count from the end, as in `jnp.take`."""
+    """An embedding's input as integers; negative numbers count from the end, as in `jnp.take`."""
     ids = a.astype(jnp.int32)
     return jnp.where(ids < 0, ids + rows, ids)
 
@@ -81,15 +90,15 @@ def _contracted_last(spec: LayerSpec, a: jax.Array) -> jax.Array:
 def _patches(spec: LayerSpec, a: jax.Array) -> jax.Array:
     """The kernel's view of each output position, features in the kernel's (*window, c_in) order.
 
-    Slices of the padded input rather than `lax.conv_general_dilated_patches`: copies keep every
-    bit, and convolution primitives are slow inside `lax.cond` on CPU.
+    Built from slices of the padded input, not with `lax.conv_general_dilated_patches`: copies keep
+    every bit, and convolution primitives are slow inside `lax.cond` on CPU.
     """
     window = spec.kernel_shape[:-2]
     rank = len(window)
     batch = a.shape[: a.ndim - rank - 1]
     a = a.reshape(-1, *a.shape[a.ndim - rank - 1 :])
     a = _pad(spec, a)
-    # One axis after the other: 3 + 3 slices for a 3×3 window instead of 9.
+    # One axis after another: a 3×3 window takes 3 + 3 slices instead of 9.
     for axis in reversed(range(1, rank + 1)):
         k, d, s = window[axis - 1], spec.dilation[axis - 1], spec.strides[axis - 1]
         size = (a.shape[axis] - (k - 1) * d - 1) // s + 1
@@ -111,7 +120,7 @@ def _pad(spec: LayerSpec, a: jax.Array) -> jax.Array:
         pads = [(0, 0), *(((e - 1) // 2, e // 2) for e in extent), (0, 0)]
         return jnp.pad(a, pads, mode=_PAD_MODES[spec.padding])
     if spec.padding == "CAUSAL":
-        spatial: Any = [(extent[0] - 1, 0)]
+        spatial: Sequence[tuple[int, int]] = [(extent[0] - 1, 0)]
     elif isinstance(spec.padding, str):
         spatial = lax.padtype_to_pads(a.shape[1:-1], extent, spec.strides, spec.padding)
     else:

@@ -1,23 +1,22 @@
-"""Contractions of a normalisation: the scale and the bias of each feature are a layer of their own.
+"""Contractions of a normalisation: the scale and bias of each feature form a layer of their own.
 
-Of one feature the gradient of example n is a pair, g_n = (Σ_t u_nt a_nt, Σ_t u_nt), where a is what
-is scaled. Its Fisher block is 2×2 (1×1 without a bias), and Φ is the whole of it, for each member
-of the family: there is no output side.
+For one feature the gradient of example n is a pair, g_n = (Σ_t u_nt a_nt, Σ_t u_nt), where a is
+the input of the scale. The Fisher block is 2×2 (1×1 without a bias). There is no output side, so
+Φ is the whole block in every member of the family.
 """
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jnp.einsum`, `jnp.zeros` and others untyped.
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from tekfac_jax._curvature.chunks import Contraction
-from tekfac_jax._curvature.dense import Factors
+from tekfac_jax._curvature.dense import Contractions, Factors
 from tekfac_jax._curvature.eigenbasis import HIGHEST
 
 
-def contractions(use_bias: bool) -> dict[str, Contraction]:
-    """The contractions of `_statistics`, by name.
-
-    Each takes `a` and `u` [*stack, n, t, features], and sums over n.
-    """
+def contractions(use_bias: bool) -> Contractions:
+    """The contractions of a normalisation; each takes `a` and `u` [*stack, n, t, features]."""
 
     def block(a: Array, u: Array) -> Array:
         g = _pairs(a, u, use_bias)
@@ -28,14 +27,14 @@ def contractions(use_bias: bool) -> dict[str, Contraction]:
         return Factors(phi, jnp.trace(phi, axis1=-2, axis2=-1)[..., None, None])
 
     def plain(a: Array, u: Array) -> Factors:
-        """A is the block and U is 1."""
+        # A is the block, and U is 1 for each example.
         phi = block(a, u)
         return Factors(phi, jnp.full((*phi.shape[:-2], 1, 1), a.shape[-3], phi.dtype))
 
     def gradient(a: Array, u: Array) -> Array:
         return jnp.sum(_pairs(a, u, use_bias), axis=-3)[..., None]
 
-    return {"exact": exact, "location": exact, "plain": plain, "gradient": gradient}
+    return Contractions(exact, exact, plain, gradient)
 
 
 def rescaling(
@@ -50,6 +49,6 @@ def rescaling(
 
 
 def _pairs(a: Array, u: Array, use_bias: bool) -> Array:
-    """g_n of each feature, [*stack, n, features, 1 or 2]."""
+    """g_n for each feature, [*stack, n, features, 1 or 2]."""
     scale = jnp.sum(a * u, axis=-2)
     return jnp.stack([scale, jnp.sum(u, axis=-2)], axis=-1) if use_bias else scale[..., None]

@@ -1,4 +1,4 @@
-"""TODO: _devices/plan"""
+"""Divides the eigendecompositions among devices, before anything runs."""
 
 import dataclasses
 import itertools
@@ -19,9 +19,9 @@ class Assignment(NamedTuple):
     Attributes:
         path: of the layer.
         side: ``"phi"`` (inputs) or ``"psi"`` (outputs).
-        which: of the stacked layers or groups, counted through.
+        which: index among the stacked layers and groups, flattened.
         dim: rows of the factor.
-        device: who does it.
+        device: the device that computes it.
     """
 
     path: str
@@ -33,10 +33,10 @@ class Assignment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DevicePlan:
-    """Which device does which eigendecomposition; prints as a table.
+    """Which device computes which eigendecomposition; prints as a table.
 
     Attributes:
-        devices: how many there are.
+        devices: how many devices there are.
         assignments: every eigendecomposition, the largest first.
     """
 
@@ -45,64 +45,64 @@ class DevicePlan:
 
     @property
     def loads(self) -> tuple[int, ...]:
-        """For each device the sum of dim³ of its decompositions."""
+        """For each device, the sum of dim³ over its decompositions."""
         loads = [0] * self.devices
-        for share in self.assignments:
-            loads[share.device] += share.dim**3
+        for one in self.assignments:
+            loads[one.device] += one.dim**3
         return tuple(loads)
 
     @property
     def balance(self) -> float:
-        """The largest load over the mean: 1 is perfect, and the number of devices the worst."""
+        """The largest load over the mean: 1 is perfect, the number of devices is the worst."""
         return max(self.loads) * self.devices / max(1, sum(self.loads))
 
     @property
     def bound(self) -> float:
-        """No assignment has a better balance: a decomposition cannot be divided.
+        """A lower bound on the balance of any assignment: a decomposition cannot be divided.
 
-        Of any k·devices + 1 of them some k + 1 meet on one device.
+        Among any k·devices + 1 of them, some k + 1 are on the same device.
         """
-        cubes = sorted((share.dim**3 for share in self.assignments), reverse=True)
+        cubes = sorted((one.dim**3 for one in self.assignments), reverse=True)
         meeting = [(k + 1) * cube for k, cube in enumerate(cubes[:: self.devices])]
         return max(1.0, max(meeting, default=0) * self.devices / max(1, sum(cubes)))
 
     def owners(self, path: str, side: str) -> np.ndarray:
-        """The device for each of a layer's decompositions of one side."""
-        own = [share for share in self.assignments if (share.path, share.side) == (path, side)]
-        return np.array([share.device for share in sorted(own, key=lambda share: share.which)])
+        """The device of each of a layer's decompositions of one side."""
+        own = [one for one in self.assignments if (one.path, one.side) == (path, side)]
+        return np.array([one.device for one in sorted(own, key=lambda one: one.which)])
 
     def __repr__(self) -> str:
         lines = ["device  share  decompositions"]
         total = max(1, sum(self.loads))
         for device, load in enumerate(self.loads):
-            own = [share.dim for share in self.assignments if share.device == device]
+            own = [one.dim for one in self.assignments if one.device == device]
             dims = ", ".join(
                 f"{len(list(same))}×{dim}" for dim, same in itertools.groupby(sorted(own)[::-1])
             )
             lines.append(f"{device:6}  {load / total:5.1%}  {dims}".rstrip())
         lines.append(
-            f"{len(self.assignments)} decompositions; largest load over the mean {self.balance:.2f}, "
-            f"at best {self.bound:.2f}"
+            f"{len(self.assignments)} decompositions; largest load over the mean "
+            f"{self.balance:.2f}, at best {self.bound:.2f}"
         )
         return "\n".join(lines)
 
 
 def device_plan(layers: Layers, devices: int) -> DevicePlan:
-    """Who decomposes what where the work is shared out over so many devices.
+    """Which device decomposes what if the work is divided among that many devices.
 
-    Every factor of every layer (stacked layers and groups count one by one), the largest first,
-    to the device that has least to do: no device has more than 4/3 of the best possible (Graham
-    1969). Factors of one or two rows have a closed form and are not shared out.
+    Every factor of every layer (each stacked layer and group counts by itself), the largest first,
+    goes to the device with the smallest load so far: no load exceeds 4/3 of the best possible
+    maximum (Graham 1969). Factors of one or two rows have a closed form and are not assigned.
 
     Args:
         layers: from `find_layers`.
-        devices: how many, 1 or more.
+        devices: how many devices, 1 or more.
 
     Returns:
         `DevicePlan`; print it.
 
     Raises:
-        ValueError: `devices` is no positive integer.
+        ValueError: `devices` is not a positive integer.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -118,10 +118,8 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
         4 decompositions; largest load over the mean 1.03, at best 1.03
     """
     check_layers(layers)
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"devices must be a whole number, 1 or more, got {devices!r}")
-    if devices > _MOST_DEVICES:
-        raise ValueError(f"devices must be at most {_MOST_DEVICES:,}, got {devices:,}")
+    _check_devices(devices)
+    # Largest first; the sort is stable and keeps the order of the layers among equals.
     work = [
         (side_dim, path, side, index)
         for path, spec in layers.items()
@@ -129,16 +127,23 @@ def device_plan(layers: Layers, devices: int) -> DevicePlan:
         for index in range(math.prod(spec.lead))
         if side_dim > SMALL
     ]
-    work.sort(key=lambda item: -item[0])  # stable: the order of the layers among equals
+    work.sort(key=lambda item: -item[0])
     loads = [0] * devices
-    shares = []
+    assignments: list[Assignment] = []
     for dim, path, side, index in work:
         device = loads.index(min(loads))
         loads[device] += dim**3
-        shares.append(Assignment(path, side, index, dim, device))
-    return DevicePlan(devices, tuple(shares))
+        assignments.append(Assignment(path, side, index, dim, device))
+    return DevicePlan(devices, tuple(assignments))
+
+
+def _check_devices(devices: object) -> None:
+    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
+        raise ValueError(f"devices must be an integer, 1 or more, got {devices!r}")
+    if devices > _MOST_DEVICES:
+        raise ValueError(f"devices must be at most {_MOST_DEVICES:,}, got {devices:,}")
 
 
 def _sides(spec: LayerSpec) -> list[tuple[str, int]]:
-    """The sides whose factor is decomposed, with their dimension."""
+    """The sides whose factors are decomposed, with their dimensions."""
     return [("phi", spec.in_dim)] * spec.has_input_basis + [("psi", spec.out_dim)]

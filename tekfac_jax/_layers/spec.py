@@ -1,24 +1,27 @@
-"""What a layer is: its description, and the one normal form that everything behind it uses.
+"""What a layer is: its description, and the one normal form that everything downstream uses.
 
-Layer kinds differ only here. A layer is described by a `LayerSpec`, its kernel and bias
-become one (in[+1], out) matrix, and what was captured becomes
+A `LayerSpec` describes a layer. Its kernel and bias become one (in[+1], out) matrix, and what was
+captured becomes
 
-* `a` [N, T, in[+1]]: the input at each of T positions, with a 1 appended where there is a bias,
-* `u` [N, T, out]: the gradient of the loss with respect to the output there,
+* `a` [N, T, in[+1]]: the input at each of T positions, with a 1 appended if there is a bias,
+* `u` [N, T, out]: the gradient of the loss with respect to the output at each position,
 
-so that the gradient of example n is the matrix ``a[n].T @ u[n]``. Layers that stand side by side
-in one parameter (`nn.scan`, `nn.vmap`, the groups of a convolution) have leading axes, `lead`, in
-front of everything: each has curvature of its own, and all are computed together.
+so the gradient of example n is the matrix ``a[n].T @ u[n]``. Layers stacked in one parameter
+(`nn.scan`, `nn.vmap`, the groups of a convolution) have leading axes, `lead`, in front of
+everything: each has its own curvature, and all are computed together.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from tekfac_jax._layers.types import DType, Shaped
 
 Kind = Literal["dense", "conv", "embed", "norm"]
 Padding = str | tuple[tuple[int, int], ...]
@@ -26,32 +29,31 @@ Padding = str | tuple[tuple[int, int], ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer whose curvature is captured. Holds no batch size and no array.
+    """One layer whose curvature is captured. Contains no batch size and no arrays.
 
     Attributes:
-        path: where the dict with the kernel stands in argument 0, keys joined by ``/``.
+        path: where the dict with the kernel is in argument 0, keys joined by ``/``.
         kind: ``"dense"`` (`nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`), ``"conv"`` (`nn.Conv`,
-            `nn.ConvTranspose`), ``"embed"`` (`nn.Embed`) or ``"norm"`` (`nn.LayerNorm` and its
-            like: as many groups as features, of a scale and a bias each).
+            `nn.ConvTranspose`), ``"embed"`` (`nn.Embed`) or ``"norm"`` (`nn.LayerNorm` and
+            similar: one group per feature, each with a scale and a bias).
         kernel_shape: shape of the kernel (table, scale) as the layer sees it.
         contracted: how many leading axes of the kernel are input axes.
-        use_bias: whether a bias stands beside the kernel.
+        use_bias: whether the layer has a bias.
         dtype: name of the kernel's dtype.
         stack: how many layers are stacked in the kernel, for each axis that `nn.scan` or `nn.vmap`
-            runs over.
-        kernel_stack: the kernel's axes, in Flax's parameter, that these are.
-        bias_stack: the same for the bias.
+            adds.
+        kernel_stack: where these axes are in Flax's kernel.
+        bias_stack: where they are in Flax's bias.
         groups: conv, norm: groups of features.
-        attended: embed: whether `attend` is called too, or alone: a tied output head.
+        attended: embed: whether `attend` is called, with or without lookups: a tied output head.
         axes: dense: the input axes that are contracted, counted from the end (negative).
         strides: conv: window strides.
         dilation: conv: kernel dilation.
-        input_dilation: conv: how far apart the input's positions are spread, zeros between them.
+        input_dilation: conv: spacing of the input's positions, with zeros in between.
         padding: conv: ``"SAME"``, ``"VALID"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"``
             or (low, high) for each spatial axis.
-        positions: T in the example that the layer was found with, over all its calls. Only for
-            the table and for planning: another T at update is fine, so it does not count in
-            comparisons.
+        positions: T of the inputs with which the layer was found, over all its calls. Only for
+            the table and for planning: T may differ at an update, so comparisons ignore it.
     """
 
     path: str
@@ -79,12 +81,12 @@ class LayerSpec:
 
     @property
     def in_dim(self) -> int:
-        """Rows of the gradient matrix: inputs of the kernel, plus one for a bias."""
+        """Rows of the gradient matrix: the kernel's inputs, plus one for a bias."""
         return math.prod(self.kernel_shape[: self.contracted]) + self.use_bias
 
     @property
     def out_dim(self) -> int:
-        """Columns of the gradient matrix: outputs of the kernel (of a group of it)."""
+        """Columns of the gradient matrix: the kernel's outputs (those of one group)."""
         return math.prod(self.bias_shape) // self.groups
 
     @property
@@ -99,14 +101,14 @@ class LayerSpec:
 
     @property
     def has_input_basis(self) -> bool:
-        """Whether Φ is a matrix with eigenvectors; of an embedding it is a vector, and Q_Φ is I."""
+        """Whether Φ is a matrix with eigenvectors; for an embedding it is a vector, and Q_Φ = I."""
         return self.kind != "embed"
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of kernel and bias as Flax keeps them."""
-        shapes = {self.kernel_name: _stacked(self.kernel_shape, self.stack, self.kernel_stack)}
+        """Shapes of kernel and bias as Flax stores them."""
+        shapes = {self.kernel_name: _with_stack(self.kernel_shape, self.stack, self.kernel_stack)}
         if self.use_bias:
-            shapes["bias"] = _stacked(self.bias_shape, self.stack, self.bias_stack)
+            shapes["bias"] = _with_stack(self.bias_shape, self.stack, self.bias_stack)
         return shapes
 
     @property
@@ -118,9 +120,10 @@ class LayerSpec:
         return itemsize * math.prod(self.lead) * numbers
 
 
-def _stacked(
+def _with_stack(
     shape: tuple[int, ...], stack: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[int, ...]:
+    """The shape of a parameter with its stack axes inserted at `axes`."""
     full = list(shape)
     for axis, size in sorted(zip(axes, stack, strict=True)):
         full.insert(axis, size)
@@ -132,10 +135,10 @@ class Layers(Mapping[str, LayerSpec]):
     """Frozen, hashable mapping from layer path to `LayerSpec`; prints as a table.
 
     Attributes:
-        specs: the layers that are covered, in the order in which they are called.
-        uncovered: (parameter path, reason) for each parameter that is not.
-        batch_size: what `find_layers` took for the number of examples, the leading axis of the
-            layers' inputs; None where it was not asked.
+        specs: the covered layers, in the order of their calls.
+        uncovered: (parameter path, reason) for each parameter that is not covered.
+        batch_size: the number of examples that `find_layers` inferred from the leading axis of
+            the layers' inputs; None if it was not inferred.
     """
 
     specs: tuple[LayerSpec, ...]
@@ -174,8 +177,8 @@ class Layers(Mapping[str, LayerSpec]):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def check_layers(layers: Any) -> None:
-    """Raises unless it is what `find_layers` returns."""
+def check_layers(layers: object) -> None:
+    """Raises unless `layers` comes from `find_layers`."""
     if not isinstance(layers, Layers):
         raise ValueError(f"layers must come from find_layers, got {type(layers).__name__}")
 
@@ -184,23 +187,23 @@ def _times(lead: tuple[int, ...], dim: int) -> str:
     return "×".join(map(str, (*lead, dim)))
 
 
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype of curvature for parameters of `dtype`: half precision is not enough."""
+def at_least_float32(dtype: DType) -> np.dtype[np.generic]:
+    """The dtype of curvature for parameters of `dtype`: half precision does not suffice."""
     return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
-def zeros_like(shape: Any) -> jax.Array:
-    """Zeros that also vary over the axes of `jax.shard_map` that `shape` varies over."""
-    return lax.full_like(shape, 0)
+def zeros_like(like: Shaped) -> jax.Array:
+    """Zeros that vary over the same axes of `jax.shard_map` as `like`, which may be a shape."""
+    return lax.full_like(like, 0)
 
 
-def replace(spec: LayerSpec, **changes: Any) -> LayerSpec:
+def replace(spec: LayerSpec, **changes: object) -> LayerSpec:
     """A copy of `spec` with some fields changed."""
-    return dataclasses.replace(spec, **changes)
+    return dataclasses.replace(spec, **changes)  # pyright: ignore[reportArgumentType]
 
 
 def keeps_all(spec: LayerSpec, theta_shape: tuple[int, ...]) -> bool:
-    """Whether a Θ of that shape belongs to a basis with all columns."""
+    """Whether a Θ of that shape belongs to a basis that keeps all columns."""
     return theta_shape[-2:] == (spec.in_dim, spec.out_dim)
 
 

@@ -7,11 +7,11 @@ import jax
 
 
 class Capture(NamedTuple):
-    """What one call of a layer leaves behind.
+    """What is captured of one call of a layer.
 
     Attributes:
-        a: the layer's input, as the layer received it (batch axis first); of a normalisation what
-            it multiplies by its scale.
+        a: the layer's input, as the layer received it (batch axis first); for a normalisation,
+            what it multiplies by its scale.
         u: gradient of the loss with respect to the layer's output, in the output's shape.
     """
 
@@ -25,10 +25,10 @@ class Statistics(NamedTuple):
     Attributes:
         layers: for each layer path one `Capture` per call of the layer.
         scale: what `u` is multiplied by to become the gradient of the summed loss. Shape ().
-        examples: number of examples that sums are divided by, shape (); None: as many as were
+        examples: number of examples that sums are divided by, shape (); None: the number
             captured.
-        parts: of how many statistics this is the sum, shape (). A sum of captures means nothing,
-            and shows here; None: taken for 1.
+        parts: how many statistics were added up, shape (); None: 1. Captures cannot be added up,
+            and this shows that they were.
     """
 
     layers: dict[str, tuple[Capture, ...]]
@@ -41,13 +41,11 @@ FactorKind = Literal["exact", "location", "plain"]
 
 
 class Reduced(NamedTuple):
-    """Sums over examples, of one layer."""
+    """Sums over examples, for one layer."""
 
-    phi: jax.Array  # (*lead, i, i); of an embedding (*lead, i)
+    phi: jax.Array  # (*lead, i, i); for an embedding (*lead, i)
     psi: jax.Array  # (*lead, o, o)
-    theta: (
-        jax.Array | None
-    )  # (*lead, i, o) in the columns of the basis that was given; None without one
+    theta: jax.Array | None  # (*lead, i, o) in the given basis's columns; None without a basis
     rest: jax.Array | None = None  # (*lead) the trace outside of these columns
 
 
@@ -56,7 +54,7 @@ class Reduced(NamedTuple):
 class ReducedStatistics:
     """Curvature statistics of a batch, contracted: those of micro-batches add up.
 
-    ``jax.tree.map(jnp.add, one, other)`` is the statistics of both.
+    ``jax.tree.map(jnp.add, one, other)`` gives the statistics of both.
 
     Attributes:
         layers: for each layer path its sums over examples.

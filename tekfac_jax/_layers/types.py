@@ -1,10 +1,16 @@
-"""Type aliases for what users hand in: pytrees, optimizer states, names of device axes."""
+"""Type aliases for what users pass in: pytrees, optimizer states, names of device axes."""
 
 from typing import Any, TypeAlias
 
-PyTree: TypeAlias = Any  # what JAX can flatten; its structure is the user's
-Params: TypeAlias = PyTree  # parameters, or gradients and updates of their structure
-OptState: TypeAlias = PyTree  # an optax state with ours inside, however deep
-Key: TypeAlias = Any  # an entry of one of JAX's key paths
-DType: TypeAlias = Any  # what `jnp.dtype` takes
-AxisName: TypeAlias = str | tuple[str, ...]  # of pmap, shard_map or a mesh; or several together
+import jax
+import numpy as np
+
+PyTree: TypeAlias = Any  # anything JAX can flatten; its structure is the user's
+TreeDef: TypeAlias = Any  # a jax.tree_util.PyTreeDef, for which jaxlib has no types
+Params: TypeAlias = PyTree  # parameters, or gradients and updates of the same structure
+OptState: TypeAlias = PyTree  # an optax state that contains ours, at any depth
+Key: TypeAlias = Any  # one entry of a JAX key path
+KeyPath: TypeAlias = tuple[Key, ...]  # from the root of a pytree to a leaf
+DType: TypeAlias = Any  # anything `jnp.dtype` takes
+Shaped: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct  # with or without values
+AxisName: TypeAlias = str | tuple[str, ...]  # one axis of pmap, shard_map or a mesh, or several

@@ -119,7 +119,8 @@ def algorithm(
             ScaleByTekfacState(count, due, new, state.meaning),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    # optax's type of a state knows no None, which an embedding has for Q_Φ.
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def _refresh(

@@ -1,6 +1,9 @@
-"""What a step did to each layer: how far it went, and how far from the gradient it turned."""
+"""Scalars to log: the health of the curvature, and what one step did to each layer."""
 
-from typing import Any
+# pyright: reportUnknownMemberType=false
+# JAX leaves `jnp.linalg.norm` and parameters of `jnp.zeros` untyped.
+
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +12,27 @@ from tekfac_jax._curvature.decomposition import residual
 from tekfac_jax._curvature.eigenbasis import eigenvalues_in
 from tekfac_jax._layers.matrices import to_matrices
 from tekfac_jax._layers.spec import Layers, at_least_float32, check_layers
-from tekfac_jax._state.layout import ClipByKlState, LayerState, debiased, unit_trace
+from tekfac_jax._layers.types import OptState, Params
+from tekfac_jax._state.layout import ClipByKlState, LayerState, trace_of_theta, unit_trace
 from tekfac_jax._state.recognise import search, whole_layers
 
 
-def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
+def diagnostics(opt_state: OptState) -> dict[str, jax.Array]:
     """What to log: a flat dict of scalar arrays.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours.
 
     Returns:
-        ``{path}/trace`` (tr Θ), ``{path}/kept`` (its share in the columns that are kept, see
+        ``{path}/trace`` (tr Θ), ``{path}/kept`` (the share of it in the kept columns, see
         `basis_rank`), ``{path}/damping`` (λ of the last step), ``{path}/phi_spread`` and
-        ``{path}/psi_spread`` (largest eigenvalue of Φ, Ψ over their mean), ``{path}/phi_residual``
-        and ``{path}/psi_residual`` (‖ΦQ − QΛ‖ / ‖Φ‖: how far the factor has moved away from the
-        basis in force), ``{path}/failures``
-        (non-finite statistics and decompositions so far), ``{path}/failed_in_a_row`` (of late, of
-        the kind of refresh that fails most; see `max_failures`), and ``kl_clip`` (what the last
-        step was multiplied by) where `clip_by_kl` is in use. Of stacked layers and groups the sum
-        of the traces and failures, the least of the shares, and the largest of the others.
+        ``{path}/psi_spread`` (largest over mean eigenvalue of Φ, Ψ), ``{path}/phi_residual`` and
+        ``{path}/psi_residual`` (‖ΦQ − QΛ‖ / ‖Φ‖: how far the factor has moved away from the
+        current basis), ``{path}/failures`` (non-finite statistics and decompositions so far),
+        ``{path}/failed_in_a_row`` (consecutive failures of the kind of refresh that fails most;
+        see `max_failures`), and, with `clip_by_kl`, ``kl_clip`` (the factor that multiplied the
+        last step). Over stacked layers and groups, traces and failures are summed, ``kept`` is
+        the minimum, and the rest are maxima.
 
     Raises:
         ValueError: there is no such state inside.
@@ -61,12 +65,10 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
             return jnp.zeros((), factor.dtype)
         return jnp.max(residual(unit_trace(factor, q), q))
 
-    scalars = {}
+    scalars: dict[str, jax.Array] = {}
     for path, layer in whole_layers(opt_state).items():
         scalars |= {
-            f"{path}/trace": jnp.sum(
-                debiased(jnp.sum(layer.theta, (-2, -1)) + layer.rest, layer.theta_weight)
-            ),
+            f"{path}/trace": jnp.sum(trace_of_theta(layer)),
             f"{path}/kept": _kept_share(layer),
             f"{path}/damping": jnp.max(layer.damping),
             f"{path}/phi_spread": spread(layer.phi, layer.q_phi),
@@ -82,35 +84,37 @@ def diagnostics(opt_state: Any) -> dict[str, jax.Array]:
 
 
 def _kept_share(layer: LayerState) -> jax.Array:
-    """The least share of a trace that lies in the columns that are kept; 1 while it is zero."""
+    """The smallest share of a trace that lies in the kept columns; 1 while the trace is zero."""
     kept = jnp.sum(layer.theta, axis=(-2, -1))
     total = kept + layer.rest
     return jnp.min(jnp.where(total > 0, kept / jnp.where(total > 0, total, 1), 1))
 
 
-def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> dict[str, jax.Array]:
+def step_diagnostics(
+    layers: Layers, params: Params, grads: Params, updates: Params
+) -> dict[str, jax.Array]:
     """What one step did to each layer: a flat dict of scalar arrays, for a logger.
 
-    A pure function of what a training step has at hand, to be called inside of `jax.jit`. The
-    kernel and bias of a layer, together the matrix W of shape (*lead, in[+1], out), are compared
-    as vectors.
+    A pure function of quantities that a training step has at hand; call it inside `jax.jit`.
+    Kernel and bias of a layer, together the matrix W of shape (*lead, in[+1], out), are compared
+    as one vector.
 
     Args:
         layers: from `find_layers`.
         params: the parameters before the step.
-        grads: the gradient, in the structure of `params`. A multiple of it gives the same.
-        updates: what is added to `params`, from ``tx.update`` (any optimizer's). After
+        grads: the gradient, in the structure of `params`; its scale does not matter.
+        updates: what is added to `params`, from any optimizer's ``tx.update``. After
             ``apply_gradients``: the new parameters minus the old ones.
 
     Returns:
-        ``{path}/update_ratio``, ‖ΔW‖ / ‖W‖ (infinite where all weights are zero and the update
-        is not), and ``{path}/angle``, in degrees, between the update and the negative gradient: 0
-        is gradient descent, and below 90 the step goes downhill. NaN where the gradient or
-        the update is zero. Of stacked layers and groups the largest. Layers that are masked out
-        of one of the three trees are left out.
+        ``{path}/update_ratio``, ‖ΔW‖ / ‖W‖ (infinite if all weights are zero and the update is
+        not), and ``{path}/angle``, in degrees, between the update and the negative gradient: 0 is
+        gradient descent, below 90 the step goes downhill, and NaN means that the gradient or the
+        update is zero. Over stacked layers and groups, both are maxima. Layers that are masked
+        out of one of the three trees are omitted.
 
     Raises:
-        ValueError: a layer's parameter is missing in one of the trees, or has another shape.
+        ValueError: a layer's parameter is missing from one of the trees, or has another shape.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
@@ -128,7 +132,7 @@ def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> d
     weights = _matrices("params", params, layers)
     gradients = _matrices("grads", grads, layers)
     steps = _matrices("updates", updates, layers)
-    scalars = {}
+    scalars: dict[str, jax.Array] = {}
     for path in layers:
         if path in weights and path in gradients and path in steps:
             scalars[f"{path}/update_ratio"] = jnp.max(_ratio(steps[path], weights[path]))
@@ -136,21 +140,25 @@ def step_diagnostics(layers: Layers, params: Any, grads: Any, updates: Any) -> d
     return scalars
 
 
-def _matrices(argument: str, tree: Any, layers: Layers) -> dict[str, jax.Array]:
+def _matrices(argument: str, tree: Params, layers: Layers) -> dict[str, jax.Array]:
     """The matrix of each layer, in at least float32."""
     try:
         found = to_matrices(tree, layers)
     except ValueError as error:
-        raise ValueError(f"{argument!r} is read as a gradient is read: {error}") from error
+        raise ValueError(f"{argument!r} must have the form of a gradient: {error}") from error
     return {path: x.astype(at_least_float32(x.dtype)) for path, x in found.items()}
 
 
 def _direction(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(x / ‖x‖, ‖x‖) of each matrix; squares of very large or small entries would not fit."""
+    """(x / ‖x‖, ‖x‖) of each matrix, scaled first so that no square over- or underflows."""
     largest = jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True)
     scaled = x / jnp.where(largest == 0, 1, largest)
-    norm = jnp.linalg.norm(scaled, axis=(-2, -1), keepdims=True)
+    norm = _norm(scaled)[..., None, None]
     return scaled / jnp.where(norm == 0, 1, norm), (largest * norm)[..., 0, 0]
+
+
+def _norm(x: jax.Array) -> jax.Array:
+    return cast(jax.Array, jnp.linalg.norm(x, axis=(-2, -1)))
 
 
 def _ratio(step: jax.Array, weight: jax.Array) -> jax.Array:
@@ -160,11 +168,10 @@ def _ratio(step: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _largest_angle(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Degrees between two matrices, the largest of all pairs that have an angle; else NaN."""
+    """The largest angle between two matrices of a stack, in degrees; NaN if no pair has one."""
     (x, x_norm), (y, y_norm) = _direction(x), _direction(y)
-    # Not the arc cosine: near 0 and 180 degrees it loses half of the digits.
-    apart = jnp.linalg.norm(x - y, axis=(-2, -1))
-    along = jnp.linalg.norm(x + y, axis=(-2, -1))
+    # The arc cosine would lose half of the digits near 0 and 180 degrees.
+    apart, along = _norm(x - y), _norm(x + y)
     angles = jnp.degrees(2 * jnp.arctan2(apart, along))
     is_defined = (x_norm != 0) & (y_norm != 0)
     largest = jnp.max(jnp.where(is_defined, angles, -1))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 
 class Member(NamedTuple):
-    """One optimizer of the family, told apart by two switches."""
+    """One optimizer of the family, defined by two switches."""
 
     name: str
     plain: bool  # factors A and U instead of the trace-restricted Φ and Ψ

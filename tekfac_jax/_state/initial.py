@@ -1,8 +1,12 @@
-"""A fresh state: zeros in the shapes that the layers give."""
+"""A fresh state: zeros in the shapes that the layers determine."""
+
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jnp.zeros` and `jnp.asarray` untyped.
 
 import math
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from tekfac_jax._curvature.decomposition import SMALL
@@ -18,22 +22,22 @@ def state_dtype(spec: LayerSpec, factor_dtype: DType) -> DType:
 
 
 BasisRank = int | float | Literal["auto"] | None
-WHOLE = 32  # with basis_rank="auto" a side of so many rows is kept whole
+WHOLE = 32  # with basis_rank="auto", sides with at most so many rows are kept whole
 _TEKFAC = StateKind(STATE_VERSION, plain=False, measured=True, location=False, running=False)
 
 
 def kept_columns(
     spec: LayerSpec, basis_rank: BasisRank, max_dim: int | None = None
 ) -> tuple[int, int]:
-    """How many eigenvectors are kept of Φ and of Ψ."""
+    """How many eigenvectors of Φ and of Ψ are kept."""
 
     def kept(dim: int, auto: float) -> int:
         is_large = max_dim is not None and dim > max_dim
         rule = "auto" if basis_rank is None and is_large else basis_rank
         if rule is None or (rule == "auto" and dim <= WHOLE):
             return dim
-        share = auto if isinstance(rule, str) else rule
-        rank = math.ceil(share * dim) if isinstance(share, float) else share
+        number = auto if isinstance(rule, str) else rule
+        rank = math.ceil(number * dim) if isinstance(number, float) else number
         return min(dim, max(rank, SMALL))
 
     rows = kept(spec.in_dim, 1 / 8) if spec.has_input_basis else spec.in_dim
@@ -49,37 +53,43 @@ def initial_state(
     fold: bool = False,
     kind: StateKind = _TEKFAC,
 ) -> ScaleByTekfacState:
-    """Zeros in the shapes that `layers` gives; no curvature is valid yet."""
-    as_kept = folded if fold else lambda layer: layer
-
-    def layer(spec: LayerSpec) -> LayerState:
-        i, o, dtype = spec.in_dim, spec.out_dim, state_dtype(spec, factor_dtype)
-        lead, (r, p) = spec.lead, kept_columns(spec, basis_rank, max_dim)
-        shapes: dict[str, tuple[int, ...]] = dict(
-            phi=(i, i), psi=(o, o), factor_weight=(), delta=(), q_phi=(i, r), q_psi=(o, p),
-            basis_valid=(), theta=(r, p), rest=(), theta_weight=(), damping=(), failures=(),
-            failed_in_a_row=(KINDS,), fallen_back=(),
-        )  # fmt: skip
-        if not spec.has_input_basis:
-            shapes["phi"] = (i,)
-        dtypes = dict(
-            basis_valid=bool, failures=jnp.int32, failed_in_a_row=jnp.int32, fallen_back=bool
+    """Zeros in the shapes that `layers` determines; no curvature is valid yet."""
+    states = {
+        path: _initial_layer(
+            spec, state_dtype(spec, factor_dtype), kept_columns(spec, basis_rank, max_dim)
         )
-        state = LayerState(
-            **{
-                name: jnp.zeros((*lead, *shape), dtypes.get(name, dtype))
-                for name, shape in shapes.items()
-            }
-        )
-        if not spec.has_input_basis:
-            state = state._replace(q_phi=None)
-        return as_kept(state)
-
+        for path, spec in layers.items()
+    }
     return ScaleByTekfacState(
         count=jnp.zeros((), jnp.int32),
         due=jnp.array(True),
-        layers={path: layer(spec) for path, spec in layers.items()},
+        layers={path: folded(state) if fold else state for path, state in states.items()},
         meaning=StateKind(
             jnp.asarray(kind.version, jnp.int32), *(jnp.asarray(x, bool) for x in kind[1:])
         ),
+    )
+
+
+def _initial_layer(spec: LayerSpec, dtype: DType, columns: tuple[int, int]) -> LayerState:
+    """Zeros for one layer, with that many columns kept of its two bases."""
+    i, o, (r, p) = spec.in_dim, spec.out_dim, columns
+
+    def zeros(*shape: int, dtype: DType = dtype) -> jax.Array:
+        return jnp.zeros((*spec.lead, *shape), dtype)
+
+    return LayerState(
+        phi=zeros(i, i) if spec.has_input_basis else zeros(i),
+        psi=zeros(o, o),
+        factor_weight=zeros(),
+        delta=zeros(),
+        q_phi=zeros(i, r) if spec.has_input_basis else None,
+        q_psi=zeros(o, p),
+        basis_valid=zeros(dtype=bool),
+        theta=zeros(r, p),
+        rest=zeros(),
+        theta_weight=zeros(),
+        damping=zeros(),
+        failures=zeros(dtype=jnp.int32),
+        failed_in_a_row=zeros(KINDS, dtype=jnp.int32),
+        fallen_back=zeros(dtype=bool),
     )

@@ -1,12 +1,13 @@
-"""How to read our state inside any optax state, however deep."""
+"""Reads the curvature inside any optax state, however deep."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tekfac_jax._curvature.eigenbasis import outside
+from tekfac_jax._layers.types import OptState, Shaped
 from tekfac_jax._state.layout import LayerState, ScaleByTekfacState, debiased, unit_trace
 from tekfac_jax._state.recognise import find_states, layer_states, whole_layers
 
@@ -14,19 +15,19 @@ from tekfac_jax._state.recognise import find_states, layer_states, whole_layers
 class Curvature(NamedTuple):
     """Curvature of one layer: F ≈ (Q_Φ⊗Q_Ψ) diag(Θ) (Q_Φ⊗Q_Ψ)ᵀ, or δ Φ⊗Ψ. All debiased.
 
-    `lead` are the axes of stacked layers and of groups, () for any other.
+    `lead` are the axes of stacked layers and of groups; () for other layers.
 
     Attributes:
         delta: δ, the trace of the Fisher block. Shape (*lead).
         phi: Φ, trace 1, (*lead, in[+1], in[+1]).
         psi: Ψ, trace 1, (*lead, out, out).
-        q_phi: eigenvectors of Φ in columns, (*lead, in[+1], in[+1]). Of an embedding None, the
-            identity, and `phi` is the diagonal of Φ, (*lead, in).
+        q_phi: eigenvectors of Φ in columns, (*lead, in[+1], in[+1]). For an embedding None, which
+            stands for the identity; `phi` is then the diagonal of Φ, (*lead, in).
         q_psi: eigenvectors of Ψ in columns, (*lead, out, out).
         theta: Θ, (*lead, in[+1], out).
-        theta_rest: θ⊥, which stands for Θ outside of the columns that are kept (`basis_rank`; then
-            there are fewer columns of `q_phi` and `q_psi`, and fewer numbers in `theta`). Zero
-            where all are kept. Shape (*lead).
+        theta_rest: θ⊥, which stands for Θ outside of the kept columns; zero if all are kept. With
+            `basis_rank`, `q_phi` and `q_psi` have fewer columns, and `theta` fewer entries. Shape
+            (*lead).
     """
 
     delta: jax.Array
@@ -38,16 +39,16 @@ class Curvature(NamedTuple):
     theta_rest: jax.Array
 
 
-def curvature(opt_state: Any) -> dict[str, Curvature]:
+def curvature(opt_state: OptState) -> dict[str, Curvature]:
     """The curvature held in an optax state, however deep.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours, or a train state.
 
     Returns:
-        For each layer path its `Curvature`, debiased, Φ and Ψ with trace 1 (I/dim while there
-        is nothing). In KFAC and EKFAC δ = tr A · tr U, Φ = A / tr A, Ψ = U / tr U. In KFAC and
-        TKFAC Θ = δ · max(λ_Φ, 0) ⊗ max(λ_Ψ, 0), as of the last refresh.
+        For each layer path its `Curvature`, debiased, Φ and Ψ with trace 1 (I/dim before the
+        first statistics). In KFAC and EKFAC δ = tr A · tr U, Φ = A / tr A, Ψ = U / tr U. In KFAC
+        and TKFAC Θ = δ · max(λ_Φ, 0) ⊗ max(λ_Ψ, 0), as of the last refresh.
 
     Raises:
         ValueError: there is no such state inside.
@@ -63,26 +64,25 @@ def curvature(opt_state: Any) -> dict[str, Curvature]:
     """
 
     def read(layer: LayerState) -> Curvature:
+        theta, rest = (debiased(x, layer.theta_weight) for x in (layer.theta, layer.rest))
         return Curvature(
             delta=layer.delta,
             phi=unit_trace(layer.phi, layer.q_phi),
             psi=unit_trace(layer.psi, layer.q_psi),
             q_phi=layer.q_phi,
             q_psi=layer.q_psi,
-            theta=(theta := debiased(layer.theta, layer.theta_weight)),
-            theta_rest=outside(
-                theta, debiased(layer.rest, layer.theta_weight), (layer.q_phi, layer.q_psi)
-            ),
+            theta=theta,
+            theta_rest=outside(theta, rest, (layer.q_phi, layer.q_psi)),
         )
 
     return {path: read(layer) for path, layer in whole_layers(opt_state).items()}
 
 
-def stats_due(opt_state: Any) -> jax.Array:
+def stats_due(opt_state: OptState) -> jax.Array:
     """Whether the next step would use statistics: a factor, basis or Θ refresh is due.
 
-    For loops that compile a second step without statistics. A step that gets none although they
-    are due leaves the curvature as it is until the next interval begins.
+    For training loops that compile a second step without statistics. If statistics are due but not
+    passed, the curvature is held until the next interval.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours.
@@ -105,11 +105,11 @@ def stats_due(opt_state: Any) -> jax.Array:
     return jnp.any(jnp.stack([state.due for state in find_states(opt_state, ScaleByTekfacState)]))
 
 
-def memory_usage(opt_state: Any) -> dict[str, dict[str, int]]:
-    """Bytes of curvature state, for each layer: ``factors``, ``eigenbasis``, ``rescaling``.
+def memory_usage(opt_state: OptState) -> dict[str, dict[str, int]]:
+    """Bytes of curvature state for each layer: ``factors``, ``eigenbasis``, ``rescaling``.
 
     Args:
-        opt_state: state of any optax transformation that contains one of ours; shapes suffice.
+        opt_state: state of any optax transformation that contains one of ours; shapes are enough.
 
     Returns:
         Layer path -> kind -> bytes.
@@ -127,7 +127,7 @@ def memory_usage(opt_state: Any) -> dict[str, dict[str, int]]:
         {'params': {'factors': 180, 'eigenbasis': 180, 'rescaling': 72}}
     """
 
-    def size(*arrays: Any) -> int:
+    def size(*arrays: Shaped | None) -> int:
         return sum(
             math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays if x is not None
         )

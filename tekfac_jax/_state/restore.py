@@ -1,13 +1,15 @@
-"""What is saved of a state, and how it is taken up again."""
+"""Saves a state without its factors, and restores a saved one."""
 
-from collections.abc import Mapping
-from typing import Any
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `jax.tree.unflatten`, `jax.device_put` and others untyped.
+
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tekfac_jax._layers.types import OptState, PyTree
+from tekfac_jax._layers.types import OptState, PyTree, TreeDef
 from tekfac_jax._state.compare import (
     difference,
     differing_paths,
@@ -17,21 +19,22 @@ from tekfac_jax._state.compare import (
     not_a_state,
     too_new,
 )
-from tekfac_jax._state.layout import ADDED, LayerState, ScaleByTekfacState
+from tekfac_jax._state.layout import ADDED, ScaleByTekfacState, is_layer_state
 from tekfac_jax._state.recognise import Name, states_by_name, with_names
 
 _FACTORS = ("phi", "psi")
+Leaves: TypeAlias = dict[Name, PyTree]  # the leaves of a state, by name
 
 
-def without_factors(opt_state: Any) -> Any:
-    """A state without Φ and Ψ, about half of its bytes: to be saved, not to be used as it is.
+def without_factors(opt_state: OptState) -> OptState:
+    """A state without Φ and Ψ, about half its size: for saving, not for further steps.
 
     Args:
         opt_state: state of any optax transformation that contains one of ours, or a train state.
 
     Returns:
-        The same with None for `phi` and `psi` of each layer. `restore_state` with
-        ``factors=False`` takes it up again.
+        The same state with `phi` and `psi` of each layer None. `restore_state` with
+        ``factors=False`` restores it.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
@@ -43,38 +46,38 @@ def without_factors(opt_state: Any) -> Any:
         {'params': {'factors': 0, 'eigenbasis': 180, 'rescaling': 72}}
     """
 
-    def drop(node: Any) -> Any:
-        return node._replace(phi=None, psi=None) if isinstance(node, LayerState) else node
+    def drop(node: PyTree) -> PyTree:
+        return node._replace(phi=None, psi=None) if is_layer_state(node) else node
 
-    return jax.tree.map(drop, opt_state, is_leaf=lambda node: isinstance(node, LayerState))
+    return jax.tree.map(drop, opt_state, is_leaf=is_layer_state)
 
 
-def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
-    """What was saved, in the place of a fresh state; states of earlier versions are brought up.
+def restore_state(saved: OptState, opt_state: OptState, *, factors: bool = True) -> OptState:
+    """Puts a saved state in the place of a fresh one; converts states of earlier versions.
 
-    Checkpoint libraries that are given ``tx.init(params)`` as a target restore a state by
-    themselves, to the bit. This function is for what they cannot do: it says in a sentence what
-    does not fit, reads states that an earlier version of this library has saved, and does without
-    the factors. Leaves are matched by name, so that nested dicts will do as well: what
-    `orbax.checkpoint` restores without a target, `flax.serialization.to_state_dict` returns and
-    `flax.serialization.msgpack_restore` reads.
+    Checkpoint libraries that get ``tx.init(params)`` as a target restore a state by themselves, to
+    the bit. This function does what they cannot: it says in a sentence what does not fit, reads
+    states saved by earlier versions of this library, and works without the factors. Leaves are
+    matched by name, so nested dicts will do as well: what `orbax.checkpoint` restores without a
+    target, `flax.serialization.to_state_dict` returns, or `flax.serialization.msgpack_restore`
+    reads.
 
     Args:
-        saved: the state that was saved, as such or as nested dicts and lists of arrays.
-        opt_state: what ``tx.init(params)`` returns of the optimizer that is to go on; or a train
-            state that contains it, if `saved` is one. Arrays, not shapes alone; the result lies
-            on the devices where these lie.
-        factors: whether Φ and Ψ are taken over. Without them (`without_factors`, or any other
-            state) they are built anew from the next statistics, `stats_due` asks for these, and
-            the eigenbasis stays as it was saved until its next refresh; `check_state` says so.
+        saved: the saved state, as such or as nested dicts and lists of arrays.
+        opt_state: what ``tx.init(params)`` returns for the optimizer that will continue, or a
+            train state that contains it, if `saved` is one. Arrays, not only shapes; the result is
+            placed on their devices.
+        factors: whether Φ and Ψ are restored. If False (with `without_factors`, or any other
+            state), they are rebuilt from the next statistics, which `stats_due` asks for, and the
+            saved eigenbasis stays until its next refresh; `check_state` says so.
 
     Returns:
-        The saved numbers in the structure of `opt_state`.
+        The saved values in the structure of `opt_state`.
 
     Raises:
-        ValueError: `saved` is of other layers, of other options (as far as `check_state` sees
-            them), of a later version, or lacks arrays, or has others; `opt_state` has no state of
-            ours.
+        ValueError: `saved` belongs to other layers, other options (those that `check_state`
+            compares) or a later version, or has missing or extra arrays; or `opt_state` contains
+            no state of ours.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
@@ -94,40 +97,39 @@ def restore_state(saved: Any, opt_state: Any, *, factors: bool = True) -> Any:
             "opt_state= has no state of scale_by_tekfac or a sibling "
             f"({type(opt_state).__name__}); pass what tx.init(params) returns"
         )
-    found = _leaves_by_name(saved)
-    fresh = _leaves_by_name(opt_state)
+
+    # Leaves are matched by name; what the saved state cannot have is taken from the fresh one.
+    found, fresh = dict(with_names(saved)), dict(with_names(opt_state))
     for root, state in ours.items():
-        _check_place(state)
+        _check_fresh(state)
         _check_layers(found, fresh, root)
-        found = _brought_up(found, fresh, root)
-        found = _factors_of(found, fresh, root) if factors else _fresh_factors(found, fresh, root)
+        found = _converted(found, fresh, root)
+        found = _with_factors(found, fresh, root) if factors else _fresh_factors(found, fresh, root)
     _check_names(found, fresh)
     _check_arrays(found, fresh)
-    restored = jax.tree.unflatten(jax.tree.structure(opt_state), [found[name] for name in fresh])
+
+    # Only a whole state can be compared with the one that the optimizer expects.
+    structure = cast(TreeDef, jax.tree.structure(opt_state))
+    restored = jax.tree.unflatten(structure, [found[name] for name in fresh])
     for root, state in _ours(restored).items():
         if broken := not_a_state(state):
             raise ValueError(f"saved= cannot be read: {broken}")
         if sentence := difference(state, ours[root]):
             raise ValueError(f"saved= does not fit the optimizer: {sentence}")
-    return jax.tree.unflatten(
-        jax.tree.structure(opt_state),
-        [_placed(name, found[name], like) for name, like in fresh.items()],
-    )
-
-
-def _leaves_by_name(tree: PyTree) -> dict[Name, Any]:
-    return dict(with_names(tree))
+    placed = [_placed(name, found[name], like) for name, like in fresh.items()]
+    return jax.tree.unflatten(structure, placed)
 
 
 def _ours(tree: OptState) -> dict[Name, ScaleByTekfacState]:
     return states_by_name(tree, ScaleByTekfacState)
 
 
-def _under(names: Mapping[Name, Any], root: Name) -> list[Name]:
+def _under(names: Leaves, root: Name) -> list[Name]:
+    """The names below a root."""
     return [name for name in names if name[: len(root)] == root]
 
 
-def _check_place(state: ScaleByTekfacState) -> None:
+def _check_fresh(state: ScaleByTekfacState) -> None:
     if broken := not_a_state(state):
         raise ValueError(f"opt_state= must be what tx.init(params) returns: {broken}")
     if not all(map(is_known, jax.tree.leaves(state))):
@@ -136,7 +138,7 @@ def _check_place(state: ScaleByTekfacState) -> None:
         )
 
 
-def _check_layers(found: Mapping[Name, Any], fresh: Mapping[Name, Any], root: Name) -> None:
+def _check_layers(found: Leaves, fresh: Leaves, root: Name) -> None:
     root = (*root, "layers")
     paths, expected = (
         {name[len(root)] for name in _under(leaves, root) if len(name) > len(root)}
@@ -146,15 +148,15 @@ def _check_layers(found: Mapping[Name, Any], fresh: Mapping[Name, Any], root: Na
         raise ValueError(f"saved= does not fit the optimizer: {sentence}")
 
 
-def _brought_up(found: dict[Name, Any], fresh: Mapping[Name, Any], root: Name) -> dict[Name, Any]:
-    """The saved leaves, and fresh ones for what later versions of the layout have added.
+def _converted(found: Leaves, fresh: Leaves, root: Name) -> Leaves:
+    """The saved leaves, with fresh ones for those that later versions of the layout added.
 
-    Version 0 did not say whose state it was; it is taken for one of the optimizer given.
+    Version 0 did not record the options; they are assumed to be those of the given optimizer.
     """
     saved = found.get((*root, "meaning", "version"), 0)
     if not (is_integer(saved) and is_known(saved) and np.size(saved)):
         raise ValueError(
-            f"saved= cannot be read: the version of its layout is {saved!r}, no number"
+            f"saved= cannot be read: its layout version is {saved!r}, which is not a number"
         )
     version = int(largest(saved))
     if sentence := too_new(version):
@@ -171,37 +173,36 @@ def _is_factor(name: Name) -> bool:
     return name[-1] in _FACTORS
 
 
-def _factors_of(found: dict[Name, Any], fresh: Mapping[Name, Any], root: Name) -> dict[Name, Any]:
+def _with_factors(found: Leaves, fresh: Leaves, root: Name) -> Leaves:
+    """The saved leaves; raises if factors are missing."""
     missing = [name for name in _under(fresh, root) if _is_factor(name) and name not in found]
     if missing:
         raise ValueError(
-            f"saved= has no factors of layer {missing[0][-2]!r}; with factors=False they are built "
-            "anew from the next statistics"
+            f"saved= has no factors for layer {missing[0][-2]!r}; with factors=False they are "
+            "rebuilt from the next statistics"
         )
     return found
 
 
-def _fresh_factors(
-    found: dict[Name, Any], fresh: Mapping[Name, Any], root: Name
-) -> dict[Name, Any]:
-    """No factors, and nothing averaged: the next statistics are an assignment."""
-    anew = [n for n in _under(fresh, root) if _is_factor(n) or n[-1] == "factor_weight"]
-    return found | {name: jnp.zeros_like(fresh[name]) for name in anew}
+def _fresh_factors(found: Leaves, fresh: Leaves, root: Name) -> Leaves:
+    """Zeros for the factors and their weight, so that the next statistics are an assignment."""
+    zeroed = [n for n in _under(fresh, root) if _is_factor(n) or n[-1] == "factor_weight"]
+    return found | {name: jnp.zeros_like(fresh[name]) for name in zeroed}
 
 
-def _check_names(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
+def _check_names(found: Leaves, fresh: Leaves) -> None:
     missing, extra = (
         sorted("/".join(name) for name in one.keys() - other.keys())
         for one, other in ((fresh, found), (found, fresh))
     )
     if missing or extra:
         raise ValueError(
-            f"saved= does not fit the optimizer: it has no {missing[:3]} and has {extra[:3]}, "
-            f"which the optimizer has not ({len(missing)} and {len(extra)} in all)."
+            f"saved= does not fit the optimizer: it lacks {missing[:3]} and has {extra[:3]}, which "
+            f"the optimizer does not have ({len(missing)} and {len(extra)} in total)."
         )
 
 
-def _check_arrays(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
+def _check_arrays(found: Leaves, fresh: Leaves) -> None:
     for name, like in fresh.items():
         value = found[name]
         if hasattr(like, "dtype") and not (hasattr(value, "dtype") and is_known(value)):
@@ -211,13 +212,13 @@ def _check_arrays(found: Mapping[Name, Any], fresh: Mapping[Name, Any]) -> None:
             )
 
 
-def _placed(name: Name, value: Any, like: Any) -> Any:
-    """The saved array, where the fresh one lies."""
-    if not hasattr(like, "dtype"):  # a number of Python's
+def _placed(name: Name, value: PyTree, like: PyTree) -> PyTree:
+    """The saved array on the devices of the fresh one."""
+    if not hasattr(like, "dtype"):  # a Python number
         return value
     if value.shape != like.shape or value.dtype != like.dtype:
         raise ValueError(
             f"saved= does not fit the optimizer: {'/'.join(name)} is {value.dtype}{value.shape} "
-            f"there and {like.dtype}{like.shape} here"
+            f"in saved= and {like.dtype}{like.shape} in opt_state="
         )
     return jax.device_put(value, like.sharding) if isinstance(like, jax.Array) else value
