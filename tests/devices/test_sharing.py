@@ -422,7 +422,7 @@ def test_plain_factors_and_examples_that_do_not_count(sibling):
     updates, state = tx.update(grads, tx.init(network.params), stats=stats)
     assert all(layer.failures > 0 for layer in state.layers.values())
     assert_same(updates, grads, 0)
-    with pytest.raises(ValueError, match=r'examples= does not go with factors="plain"'):
+    with pytest.raises(ValueError, match=r'examples= cannot be combined with factors="plain"'):
         tekfac.value_grad_and_stats(
             network.loss, network.layers, examples=5, mode="reduced", factors="plain"
         )
