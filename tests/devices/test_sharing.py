@@ -432,7 +432,7 @@ def test_plain_factors_and_examples_that_do_not_count(sibling):
 def test_more_examples_than_there_are(mode):
     network = Network(mode)
     fn = functools.partial(tekfac.value_grad_and_stats, network.loss, network.layers, mode=mode)
-    with pytest.raises(ValueError, match="examples=40 of a batch of 16"):
+    with pytest.raises(ValueError, match="examples=40 exceeds the batch of 16"):
         fn(examples=40)(network.params, network.x)
     tx = tekfac.scale_by_tkfac(network.layers)
 
