@@ -81,7 +81,7 @@ def value_grad_and_stats(
     examples: float | jax.Array | None = None,
     mode: Mode = "raw",
     factors: FactorKind = "exact",
-) -> Callable[..., tuple[PyTree, nnx.State, PyTree]]:
+) -> Callable[..., tuple[PyTree, Params, PyTree]]:
     """`nnx.value_and_grad` that also returns curvature statistics.
 
     Args:
@@ -126,7 +126,7 @@ def value_grad_and_stats(
         rest: nnx.State,
         args: tuple[object, ...],
         kwargs: dict[str, object],
-    ) -> tuple[nnx.State, tuple[PyTree, nnx.State, PyTree]]:
+    ) -> tuple[nnx.State, tuple[PyTree, Params, PyTree]]:
         grad_fn = tekfac.value_grad_and_stats(
             fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale,
             examples=examples, mode=mode, factors=factors,
