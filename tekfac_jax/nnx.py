@@ -1,12 +1,12 @@
-"""Capture for modules of `flax.nnx`: the same calls, the same statistics, the same optimizers.
+"""Capture for modules of `flax.nnx`: the same functions, statistics and optimizers.
 
-A module's parameters (`nnx.Param`) are argument 0, as a pytree of arrays; the loss is a function
-of the module, which is put together again inside the trace. Everything behind that is shared with
-`flax.linen`.
+The loss is a function of the module. Internally its parameters (`nnx.Param`) become argument 0, a
+pytree of arrays, and the module is put together again inside the trace. Everything else is shared
+with `flax.linen`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 from flax import nnx
@@ -19,32 +19,37 @@ from tekfac_jax._capture.modes import Mode
 from tekfac_jax._capture.value_grad_and_stats import Divisor
 from tekfac_jax._layers.spec import Layers
 from tekfac_jax._layers.statistics import FactorKind
+from tekfac_jax._layers.types import Params, PyTree
 from tekfac_jax._tracing.nnx_modules import observed
 
 __all__ = ["check_capture", "find_layers", "fisher_stats", "value_grad_and_stats"]
 
+R = TypeVar("R")
+# A module divided into its structure, its parameters and all other state.
+_Parts: TypeAlias = tuple[nnx.GraphDef[nnx.Module], nnx.State, nnx.State]
+
 
 def find_layers(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     model: nnx.Module,
-    *args: Any,
+    *args: object,
     skip: Skip = None,
     norm: Norm = "fallback",
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Layers:
     """Finds the layers of an nnx module whose curvature can be captured exactly.
 
     Args:
-        loss_fn: the loss, or any function that applies the module: of (model, *args, **kwargs).
-        model: the module; it is left as it is.
+        loss_fn: the loss, or any function of (model, *args, **kwargs) that applies the module.
+        model: the module; it is not changed.
         *args: the other arguments, arrays or static.
-        skip: regular expression searched in the layer's path, or predicate on it; layers that
-            match are left out.
+        skip: regular expression searched in the layer's path, or predicate on the path; layers
+            that match are left out.
         norm: as in `tekfac_jax.find_layers`.
         **kwargs: keyword arguments of `loss_fn`.
 
     Returns:
-        `Layers`; paths are those of the module's attributes, joined with ``/``.
+        `Layers`; a path consists of the names of the module's attributes, joined with ``/``.
 
     Raises:
         ValueError: no layer can be captured, or the layers disagree on the batch size.
@@ -67,7 +72,7 @@ def find_layers(
 
 
 def value_grad_and_stats(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     layers: Layers,
     *,
     has_aux: bool = False,
@@ -76,7 +81,7 @@ def value_grad_and_stats(
     examples: float | jax.Array | None = None,
     mode: Mode = "raw",
     factors: FactorKind = "exact",
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[PyTree, Params, PyTree]]:
     """`nnx.value_and_grad` that also returns curvature statistics.
 
     Args:
@@ -85,16 +90,17 @@ def value_grad_and_stats(
         layers: from `find_layers` of this module.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
         reduction: as in `tekfac_jax.value_grad_and_stats`.
-        loss_scale: as in `tekfac_jax.value_grad_and_stats`, like all that follow.
+        loss_scale: as in `tekfac_jax.value_grad_and_stats`, like all arguments below.
         examples: how many examples count.
-        mode: ``"raw"`` or ``"reduced"``; then pass ``opt_state=optimizer.opt_state``.
+        mode: ``"raw"`` or ``"reduced"``. With ``"reduced"``, pass
+            ``opt_state=optimizer.opt_state`` when you call the function.
         factors: which factors, with ``mode="reduced"``.
 
     Returns:
         Function of (model, *args, **kwargs) that returns ``(value, grads, stats)``, or
-        ``((value, aux), grads, stats)``. `grads` is what `nnx.grad` returns; give it to
-        ``optimizer.update(model, grads, stats=stats)``. Everything in the model that is no
-        parameter (BatchNorm's averages, random streams) moves on, as in `nnx.value_and_grad`.
+        ``((value, aux), grads, stats)``. `grads` is what `nnx.grad` returns; pass it to
+        ``optimizer.update(model, grads, stats=stats)``. All other state of the model (BatchNorm's
+        averages, random streams) is updated in place, as by `nnx.value_and_grad`.
 
     Raises:
         ValueError: as `tekfac_jax.value_grad_and_stats`.
@@ -114,31 +120,37 @@ def value_grad_and_stats(
         True
     """
 
-    def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        capture = tekfac.value_grad_and_stats(
+    def run(
+        fn: Callable[..., PyTree],
+        params: nnx.State,
+        rest: nnx.State,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> tuple[nnx.State, tuple[PyTree, Params, PyTree]]:
+        grad_fn = tekfac.value_grad_and_stats(
             fn, layers, has_aux=True, reduction=reduction, loss_scale=loss_scale,
             examples=examples, mode=mode, factors=factors,
         )  # fmt: skip
-        (loss, (aux, rest)), grads, stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        (loss, (aux, rest)), grads, stats = grad_fn(nnx.as_pure(params), rest, *args, **kwargs)
         return rest, ((loss, aux) if has_aux else loss, _like(params, grads), stats)
 
-    return _of_model(gather, loss_fn, has_aux)
+    return _of_model(run, loss_fn, has_aux)
 
 
 def check_capture(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     layers: Layers,
     model: nnx.Module,
-    *args: Any,
+    *args: object,
     has_aux: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> dict[str, float]:
     """Compares the sum of the captured per-example gradients with the gradient, layer by layer.
 
     Args:
         loss_fn: as for `value_grad_and_stats`.
         layers: from `find_layers` of this module.
-        model: argument 0 of `loss_fn`; it is left as it is.
+        model: argument 0 of `loss_fn`; it is not changed.
         *args: its other arguments.
         has_aux: whether `loss_fn` returns ``(loss, aux)``.
         **kwargs: keyword arguments of `loss_fn`.
@@ -168,7 +180,7 @@ def check_capture(
 
 
 def fisher_stats(
-    predict_fn: Callable[..., Any],
+    predict_fn: Callable[..., PyTree],
     layers: Layers,
     *,
     likelihood: Likelihood,
@@ -176,13 +188,13 @@ def fisher_stats(
     has_aux: bool = False,
     mode: Mode = "raw",
     factors: FactorKind = "exact",
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Curvature statistics from labels that the module itself predicts.
 
     Args:
         predict_fn: function of (model, *args, **kwargs) that returns the outputs, such as logits.
         layers: from `find_layers` of this module.
-        likelihood: as in `tekfac_jax.fisher_stats`, like all that follow.
+        likelihood: as in `tekfac_jax.fisher_stats`, like all arguments below.
         estimator: ``"sampled"`` or ``"exact"``.
         has_aux: whether `predict_fn` returns ``(outputs, aux)``.
         mode: ``"raw"`` or ``"reduced"``.
@@ -207,59 +219,77 @@ def fisher_stats(
         (8, 3)
     """
 
-    def gather(fn: Any, params: Any, rest: Any, args: Any, kwargs: Any) -> Any:
-        capture = tekfac.fisher_stats(
+    def run(
+        fn: Callable[..., PyTree],
+        params: nnx.State,
+        rest: nnx.State,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> tuple[nnx.State, PyTree]:
+        stats_fn = tekfac.fisher_stats(
             fn, layers, likelihood=likelihood, estimator=estimator, has_aux=True, mode=mode,
             factors=factors,
         )  # fmt: skip
-        (aux, rest), stats = capture(nnx.as_pure(params), rest, *args, **kwargs)
+        (aux, rest), stats = stats_fn(nnx.as_pure(params), rest, *args, **kwargs)
         return rest, (aux, stats) if has_aux else stats
 
-    return _of_model(gather, predict_fn, has_aux)
+    return _of_model(run, predict_fn, has_aux)
 
 
 def _of_model(
-    gather: Callable[..., Any], fn: Callable[..., Any], has_aux: bool
-) -> Callable[..., Any]:
-    """`gather` as a function of the model, whose other state it moves on."""
+    run: Callable[..., tuple[nnx.State, R]], fn: Callable[..., PyTree], has_aux: bool
+) -> Callable[..., R]:
+    """A function of (model, *args, **kwargs) that also updates the model's other state.
 
-    def wrapped(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    Args:
+        run: function of (fn, params, rest, args, kwargs) that returns (rest, result).
+        fn: the user's function of the model.
+        has_aux: whether `fn` returns a pair.
+    """
+
+    def wrapped(model: nnx.Module, *args: object, **kwargs: object) -> R:
         graph, params, rest = _split(model)
         if "opt_state" in kwargs:
             kwargs["opt_state"] = nnx.as_pure(kwargs["opt_state"])
         of_parameters = _of_parameters(fn, graph, params, has_aux=has_aux)
-        rest, result = gather(of_parameters, params, rest, args, kwargs)
+        rest, result = run(of_parameters, params, rest, args, kwargs)
         nnx.update(model, rest)
         return result
 
     return wrapped
 
 
-def _split(model: Any) -> Any:
+def _split(model: nnx.Module) -> _Parts:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     if isinstance(model, nnx.State) or not jax.tree.leaves(params):
         raise ValueError(
             f"argument 0 must be an nnx.Module with an nnx.Param, got {type(model).__name__}; "
-            "parameters of linen go to the function of the same name in tekfac_jax"
+            "for linen parameters, use the function of the same name in tekfac_jax"
         )
     return graph, params, rest
 
 
-def _like(state: Any, values: Any) -> Any:
-    """The state with other values, which are a pytree of arrays in its order."""
+def _like(state: nnx.State, values: Params) -> nnx.State:
+    """`state` with its values replaced by the leaves of `values`, in order."""
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(values))
 
 
 def _of_parameters(
-    loss_fn: Callable[..., Any], graph: Any, params: Any, *, has_aux: bool = False
-) -> Callable[..., Any]:
-    """The loss as a function of (parameters, all other state, *args) that returns that state."""
+    loss_fn: Callable[..., PyTree],
+    graph: nnx.GraphDef[nnx.Module],
+    params: nnx.State,
+    *,
+    has_aux: bool = False,
+) -> Callable[..., tuple[PyTree, tuple[PyTree, nnx.State]]]:
+    """The loss as a function of (parameters, other state, *args) that also returns that state."""
 
-    def fn(values: Any, rest: Any, *args: Any, **kwargs: Any) -> Any:
+    def fn(
+        values: Params, rest: nnx.State, *args: object, **kwargs: object
+    ) -> tuple[PyTree, tuple[PyTree, nnx.State]]:
         model = nnx.merge(graph, _like(params, values), rest)
         for _, module in nnx.iter_modules(model):
             if callable(module):
-                # The class alone decides what a call does, and survives nnx's own transforms.
+                # Python looks up __call__ in the class, and the class survives nnx's transforms.
                 object.__setattr__(module, "__class__", observed(type(module)))
         result = loss_fn(model, *args, **kwargs)
         loss, aux = result if has_aux else (result, None)

@@ -1,15 +1,15 @@
-"""Pictures of a run: what `diagnostics` says over the steps, and the eigenvalues of each layer.
+"""Pictures of a run: the values of `diagnostics` over the steps, and each layer's eigenvalues.
 
-Not imported by `tekfac_jax` itself; needs Matplotlib: ``pip install matplotlib``. Nothing
-here touches Matplotlib's global state: each function returns a figure, to be written with
-``figure.savefig("run.png")``, or shown by a notebook as the value of a cell, which needs
-``%matplotlib inline`` once before.
+`tekfac_jax` itself does not import this module. It needs Matplotlib: ``pip install matplotlib``.
+Nothing here touches Matplotlib's global state. Each function returns a figure: save it with
+``figure.savefig("run.png")``, or let a notebook show it as the value of a cell (after
+``%matplotlib inline``).
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 import jax
 import numpy as np
@@ -23,16 +23,17 @@ try:
     from matplotlib.figure import Figure, SubFigure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
+    from matplotlib.typing import ColorType
 except ImportError as _error:
     raise ImportError("tekfac_jax.plot needs Matplotlib: pip install matplotlib") from _error
 
 __all__ = ["health", "history", "spectra"]
 _DIGITS = re.compile(r"(\d+)")
 _COLUMNS = 4
-_COLORS = 10  # of Matplotlib's cycle; more layers are coloured by their depth
-_POINTS = 500  # of a spectrum that are drawn
+_COLORS = 10  # in Matplotlib's cycle; more layers than that are coloured by depth
+_POINTS = 500  # drawn of each spectrum
 _PANEL = (3.2, 2.3)  # inches
-_FLOOR = 1e-10  # of the largest eigenvalue: what is below is rounding
+_FLOOR = 1e-10  # relative to the largest eigenvalue: anything below is rounding
 
 
 class _Quantity(NamedTuple):
@@ -62,36 +63,36 @@ _KNOWN = {
 class _Line(NamedTuple):
     """One quantity of one layer."""
 
-    path: str  # "" for what belongs to no layer
-    records: list[int]  # in which records it is
+    path: str  # "" for a quantity that belongs to no layer
+    records: list[int]  # indices of the records that have it
     values: NDArray[np.float64]
 
 
 def history(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, SupportsFloat]],
     *,
     steps: Sequence[float] | None = None,
     quantities: Sequence[str] | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
-    """Draws what was logged over the steps: a panel for each quantity, a line for each layer.
+    """Draws the logged values over the steps: a panel for each quantity, a line for each layer.
 
     Args:
-        records: one flat dict of scalars for each logged step, of `tekfac.diagnostics`, of
-            `tekfac.step_diagnostics`, or both merged. A name need not be in all of them.
-        steps: where each record stands on the x axis; None: 0, 1, 2, and so on.
-        quantities: what to draw, in that order: ``"damping"`` draws each ``"{path}/damping"``, and
-            any scalar of your own (``"loss"``) may be among them. None: all that this library knows
-            and the records have.
+        records: one flat dict of scalars for each logged step, from `tekfac.diagnostics`,
+            `tekfac.step_diagnostics`, or both merged. Records may have different names.
+        steps: position of each record on the x axis; None: 0, 1, 2, and so on.
+        quantities: what to draw, in this order: ``"damping"`` draws each ``"{path}/damping"``; your
+            own scalars (``"loss"``) may be among them. None: every quantity of this library that
+            the records have.
         figure: where to draw; None: a new figure.
 
     Returns:
-        The figure. Layers stand in the order of their names (block_2 before block_10), and values
-        that are not finite are gaps.
+        The figure. Layers are sorted by name (block_2 before block_10), and values that are not
+        finite are gaps.
 
     Raises:
-        ValueError: no records, as many `steps` as records are not given, a value is no scalar, or
-            a quantity is in no record.
+        ValueError: there are no records; `steps` has another length than `records`; a value is not
+            a scalar; or a quantity is in no record.
 
     Example:
         >>> from tekfac_jax import plot
@@ -111,7 +112,7 @@ def history(
     missing = [name for name in quantities if name not in found]
     if missing or not quantities:
         what = repr(missing[0]) if missing else "any quantity of tekfac.diagnostics"
-        raise ValueError(f"no record has {what}; pass quantities= of {', '.join(sorted(found))}")
+        raise ValueError(f"no record has {what}; pass quantities= from {', '.join(sorted(found))}")
     figure, panels = _panels(len(quantities), figure)
     colors = _colors(line.path for name in quantities for line in found[name])
     for axes, name in zip(panels, quantities, strict=True):
@@ -123,27 +124,27 @@ def history(
 def spectra(
     curvatures: Mapping[str, Curvature],
     *,
-    damping: Mapping[str, Any] | None = None,
+    damping: Mapping[str, SupportsFloat] | None = None,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
-    """Draws the eigenvalues of each layer, the largest first: Θ, and λ as a line across.
+    """Draws the eigenvalues Θ of each layer in descending order, and λ as a horizontal line.
 
-    Left of where λ crosses the curve the curvature decides how long a step is; right of it
-    the damping does, and the step is a scaled gradient step.
+    To the left of the point where λ crosses the curve, the curvature sets the length of a step. To
+    the right the damping does, and the step is a scaled gradient step.
 
     Args:
-        curvatures: from `tekfac.curvature`; a part of it draws these layers.
-        damping: λ of each layer, as ``"{path}/damping"``: what `tekfac.diagnostics` returns; None:
+        curvatures: from `tekfac.curvature`, for all layers or some of them.
+        damping: λ of each layer, as ``"{path}/damping"``, which `tekfac.diagnostics` returns; None:
             no line.
         figure: where to draw; None: a new figure.
 
     Returns:
-        The figure, a panel for each layer. Stacked layers and groups of one are drawn together.
-        Eigenvalues that are zero, or below 1e-10 of the largest, are not shown. A dotted line is
-        θ⊥, where a layer keeps only some of its eigenvectors (`basis_rank`, `max_dim`).
+        The figure, with a panel for each layer. Stacked layers, and the groups of one layer, share
+        a panel. Eigenvalues that are zero or below 1e-10 of the largest are not shown. A dotted
+        line shows θ⊥ where a layer keeps only some of its eigenvectors (`basis_rank`, `max_dim`).
 
     Raises:
-        ValueError: there is no layer.
+        ValueError: `curvatures` is empty.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, tekfac_jax as tekfac
@@ -168,7 +169,7 @@ def spectra(
 
 
 def health(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Mapping[str, SupportsFloat]],
     curvatures: Mapping[str, Curvature],
     *,
     steps: Sequence[float] | None = None,
@@ -204,8 +205,7 @@ def health(
     count = len(_chosen(quantities, found))
     rows = [max(1, math.ceil(number / _COLUMNS)) for number in (count, len(curvatures))]
     figure = Figure(figsize=(_COLUMNS * _PANEL[0], sum(rows) * _PANEL[1]), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=rows)
-    above, below = parts
+    (above,), (below,) = figure.subfigures(2, 1, squeeze=False, height_ratios=rows)
     history(records, steps=steps, quantities=quantities, figure=above)
     spectra(curvatures, damping=records[-1], figure=below)
     return figure
@@ -214,11 +214,13 @@ def health(
 # --- data ------------------------------------------------------------------------------------
 
 
-def _lines(records: Sequence[Mapping[str, Any]]) -> dict[str, list[_Line]]:
-    """What the records hold, by quantity; layers in the order of their names."""
+def _lines(records: Sequence[Mapping[str, SupportsFloat]]) -> dict[str, list[_Line]]:
+    """The values in the records by quantity, one line for each layer, sorted by name."""
     if not records:
         raise ValueError("there are no records; append tekfac.diagnostics(opt_state) to a list")
-    fetched: Any = jax.device_get(list(records))  # all at once, not one transfer for each
+    fetched: list[Mapping[str, SupportsFloat]] = jax.device_get(
+        list(records)
+    )  # in a single transfer
     keys = sorted({key for record in fetched for key in record}, key=_by_name)
     found: dict[str, list[_Line]] = {}
     for key in keys:
@@ -230,26 +232,27 @@ def _lines(records: Sequence[Mapping[str, Any]]) -> dict[str, list[_Line]]:
 
 
 def _by_name(path: str) -> list[tuple[int, str]]:
-    """Sorts block_2 before block_10: dicts that come out of `jax.jit` forget their own order."""
+    """A sort key that puts block_2 before block_10: `jax.jit` does not keep the order of dicts."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in _DIGITS.split(path)]
 
 
-def _scalar(key: str, value: Any) -> float:
-    if np.ndim(value):
+def _scalar(key: str, value: SupportsFloat) -> float:
+    shape = np.asarray(value).shape
+    if shape:
         raise ValueError(
-            f"{key!r} has shape {np.shape(value)}; a record is a flat dict of scalars, such as "
-            "tekfac.diagnostics returns"
+            f"{key!r} has shape {shape}; a record must be a flat dict of scalars, like "
+            "that of tekfac.diagnostics"
         )
     return float(value)
 
 
-def _thinned(descending: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _thinned(descending: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(ranks from 1, values) of at most `_POINTS` values, evenly spread on a logarithmic axis."""
     ranks = np.unique(np.geomspace(1, len(descending), _POINTS).round().astype(int))
     return ranks, descending[ranks - 1]
 
 
-def _chosen(quantities: Sequence[str] | None, found: Mapping[str, Any]) -> Sequence[str]:
+def _chosen(quantities: Sequence[str] | None, found: Mapping[str, list[_Line]]) -> Sequence[str]:
     if quantities is None:
         return [name for name in _KNOWN if name in found]
     return [quantities] if isinstance(quantities, str) else quantities
@@ -268,17 +271,22 @@ def _panels(count: int, figure: Figure | SubFigure | None) -> tuple[Figure | Sub
     return figure, [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
 
 
-def _colors(paths: Iterable[str]) -> dict[str, Any]:
-    """A colour for each layer, black for what belongs to none."""
+def _colors(paths: Iterable[str]) -> Mapping[str, ColorType]:
+    """A colour for each layer, and black for quantities that belong to no layer."""
     layers = [path for path in dict.fromkeys(paths) if path]
     if len(layers) <= _COLORS:
         return {"": "black"} | {path: f"C{number}" for number, path in enumerate(layers)}
     depths = np.linspace(0, 0.9, len(layers))  # the end of the map is too pale on white
-    return {"": "black"} | dict(zip(layers, colormaps["viridis"](depths), strict=True))
+    shades = [(r, g, b, a) for r, g, b, a in colormaps["viridis"](depths)]
+    return {"": "black"} | dict(zip(layers, shades, strict=True))
 
 
 def _draw_lines(
-    axes: Axes, name: str, steps: Sequence[float], lines: list[_Line], colors: Mapping[str, Any]
+    axes: Axes,
+    name: str,
+    steps: Sequence[float],
+    lines: list[_Line],
+    colors: Mapping[str, ColorType],
 ) -> None:
     style = _KNOWN.get(name, _Quantity(name))
     x = np.asarray(steps, float)
@@ -288,7 +296,8 @@ def _draw_lines(
         any_positive |= bool(np.any(values > 0))
         marker = "." if len(values) == 1 else ""  # a single point has no line
         axes.plot(x[line.records], values, color=colors[line.path], marker=marker, linewidth=1)
-    if style.is_log and any_positive:  # Matplotlib warns of a logarithmic axis without a value
+    # Matplotlib warns about a logarithmic axis without positive values.
+    if style.is_log and any_positive:
         axes.set_yscale("log")
     if style.is_count:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
@@ -297,8 +306,8 @@ def _draw_lines(
     _label(axes, style.label, "step")
 
 
-def _draw_legend(figure: Figure | SubFigure, colors: Mapping[str, Any]) -> None:
-    """The names of the layers below the panels; of many only the first and the last."""
+def _draw_legend(figure: Figure | SubFigure, colors: Mapping[str, ColorType]) -> None:
+    """Names the layers below the panels; if there are many, only the first and the last."""
     layers = [path for path in colors if path]
     if len(layers) > _COLORS:
         layers = [layers[0], layers[-1]]
@@ -310,7 +319,7 @@ def _draw_legend(figure: Figure | SubFigure, colors: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _draw_spectrum(axes: Axes, path: str, held: Curvature, damping: Any) -> None:
+def _draw_spectrum(axes: Axes, path: str, held: Curvature, damping: SupportsFloat | None) -> None:
     theta = np.asarray(held.theta, np.float64).ravel()
     theta = np.sort(theta[np.isfinite(theta) & (theta > 0)])[::-1]
     if len(theta):

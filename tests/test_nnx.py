@@ -275,7 +275,7 @@ def test_what_is_not_covered_is_listed():
     layers = tekfac.nnx.find_layers(nnx_loss, model, x)
     assert set(layers) == {"plain"}
     reasons = dict(layers.uncovered)
-    assert "of Sub itself, which is not a supported layer" in reasons["sub/kernel"]
+    assert "it belongs to Sub, which is not a supported layer" in reasons["sub/kernel"]
     assert "tied" in reasons["tied/embedding"]
     assert "free" in reasons
     assert type(model.plain) is nnx.Linear

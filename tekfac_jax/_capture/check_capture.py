@@ -1,7 +1,6 @@
-"""A user's first tool when in doubt: do the statistics add up to the gradient?"""
+"""The first tool when in doubt: do the statistics add up to the gradient?"""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,21 +10,23 @@ from tekfac_jax._curvature.by_kind import gradient_of
 from tekfac_jax._curvature.chunks import sum_over_examples
 from tekfac_jax._layers.matrices import to_matrices
 from tekfac_jax._layers.spec import Layers, at_least_float32
+from tekfac_jax._layers.types import Params, PyTree
 
 
 def check_capture(
-    loss_fn: Callable[..., Any],
+    loss_fn: Callable[..., PyTree],
     layers: Layers,
-    params: Any,
-    *args: Any,
+    params: Params,
+    *args: object,
     has_aux: bool = False,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> dict[str, float]:
     """Compares the sum of the captured per-example gradients with the gradient, layer by layer.
 
-    Whatever the network does, Σ_n Σ_t a_nt u_ntᵀ is the gradient of a layer that was captured
-    whole. A large number means that a layer is used in a way that the statistics do not see; please
-    report it, since such a layer should have been listed as not covered. Runs the network once.
+    Σ_n Σ_t a_nt u_ntᵀ is the gradient of a layer whose calls were all captured, whatever the
+    network does. A large number means that the layer is also used in a way that the statistics do
+    not see. Such a layer should have been listed as not covered: please report it. Runs the
+    network once.
 
     Args:
         loss_fn: as for `value_grad_and_stats`.
@@ -36,8 +37,8 @@ def check_capture(
         **kwargs: keyword arguments of `loss_fn`.
 
     Returns:
-        Layer path -> ‖Σ a uᵀ − gradient‖ / ‖gradient‖, Frobenius norms (0 where both are zero,
-        infinite where the gradient alone is). About 1e-6 in float32, 1e-2 in bfloat16.
+        Layer path -> ‖Σ a uᵀ − gradient‖ / ‖gradient‖ in the Frobenius norm: 0 where both are
+        zero, infinite where only the gradient is. About 1e-6 in float32, 1e-2 in bfloat16.
 
     Raises:
         ValueError: as `value_grad_and_stats`.
@@ -56,13 +57,13 @@ def check_capture(
     """
 
     @jax.jit
-    def errors(params: Any) -> dict[str, jax.Array]:
+    def errors(params: Params) -> dict[str, jax.Array]:
         fn = value_grad_and_stats(loss_fn, layers, has_aux=has_aux)
         _, grads, stats = fn(params, *args, **kwargs)
         gradients = to_matrices(grads, layers)
-        # The captures and the gradient are of the same, divided loss.
+        # Captures and gradient belong to the same loss, so no scale is undone.
         one = jnp.ones_like(stats.scale)
-        found = {}
+        found: dict[str, jax.Array] = {}
         for path, spec in layers.items():
             dtype = at_least_float32(spec.dtype)
             captured = sum_over_examples(gradient_of(spec), spec, stats.layers[path], one, dtype)

@@ -1,41 +1,42 @@
-"""TODO: _capture/find_layers"""
+"""Finds the layers that can be captured, and lists the reasons for the others."""
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from tekfac_jax._arguments import check_choice
 from tekfac_jax._capture.coverage import Skip, as_predicate, check_skip, judge, nothing_found
 from tekfac_jax._capture.plan import common_batch_size
 from tekfac_jax._capture.value_grad_and_stats import value_grad_and_stats
 from tekfac_jax._layers.spec import Layers
+from tekfac_jax._layers.types import Params, PyTree
 from tekfac_jax._tracing.trace import trace_layers
 
 Norm = Literal["fallback", "unitwise"]
 
 
 def find_layers(
-    fn: Callable[..., Any],
-    params: Any,
-    *args: Any,
+    fn: Callable[..., PyTree],
+    params: Params,
+    *args: object,
     skip: Skip = None,
     norm: Norm = "fallback",
-    **kwargs: Any,
+    **kwargs: object,
 ) -> Layers:
     """Finds the layers of a Flax linen network whose curvature can be captured exactly.
 
-    One abstract trace, no arithmetic. Print the result: it lists what is covered and, for each
-    parameter that is not, the reason.
+    The function is traced once, without arithmetic. Print the result: it lists the covered layers
+    and, for each parameter that is not covered, the reason.
 
     Args:
         fn: the loss, or any function of the parameters that applies the network.
         params: argument 0 of `fn`, a pytree of arrays (or of `jax.ShapeDtypeStruct`).
-        *args: the other arguments. Those without a shape (``train=True``) stay static.
-        skip: regular expression searched in the layer's path, or predicate on it; layers that
-            match are left out.
-        norm: ``"unitwise"``: the scale and bias of each feature of a normalisation (`nn.LayerNorm`,
-            `nn.RMSNorm`, `nn.GroupNorm`, `nn.InstanceNorm`, `nn.BatchNorm`) get the exact Fisher
-            block of these two; ``"fallback"``: they are not covered.
+        *args: its other arguments. Those without a shape (``train=True``) stay static.
+        skip: regular expression searched in the layer's path, or predicate on the path; layers
+            that match are left out.
+        norm: ``"unitwise"`` covers normalisations (`nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm`,
+            `nn.InstanceNorm`, `nn.BatchNorm`): each feature's scale and bias get their exact 2×2
+            Fisher block. ``"fallback"`` leaves them uncovered.
         **kwargs: keyword arguments of `fn`.
 
     Returns:
@@ -43,7 +44,7 @@ def find_layers(
 
     Raises:
         ValueError: no layer can be captured, the layers disagree on the batch size, `norm` is
-            unknown, or `skip` is no regular expression or matches no layer.
+            unknown, or `skip` is not a regular expression or matches no layer.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -59,11 +60,13 @@ def find_layers(
     """
     check_choice("norm", norm, get_args(Norm))
     _check_keywords(fn, kwargs)
+
     trace = trace_layers(fn, params, args, kwargs, norms=norm == "unitwise")
     findings = judge(trace, as_predicate(skip))
     if not findings.covered:
         raise ValueError(nothing_found(trace, findings))
     check_skip(skip, findings)
+
     uncovered = tuple(sorted(findings.uncovered.items()))
     return Layers(tuple(findings.specs.values()), uncovered, common_batch_size(findings.covered))
 
@@ -71,11 +74,11 @@ def find_layers(
 # --- checks ----------------------------------------------------------------------------------
 
 
-def _check_keywords(fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
-    """Raises for an option of `value_grad_and_stats` that would be passed on to `fn`."""
+def _check_keywords(fn: Callable[..., PyTree], kwargs: dict[str, object]) -> None:
+    """Raises for an option of `value_grad_and_stats` that would be passed to `fn`."""
     try:
         parameters = inspect.signature(fn).parameters
-    except (TypeError, ValueError):  # no function, or one that does not say
+    except (TypeError, ValueError):  # not a function, or one without a signature
         return
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
@@ -83,6 +86,6 @@ def _check_keywords(fn: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     for name in kwargs:
         if name in options and name not in parameters:
             raise ValueError(
-                f"{name}= is an option of value_grad_and_stats; find_layers takes the function and "
-                "what it is called with, whatever it returns, besides skip= and norm="
+                f"{name}= is an option of value_grad_and_stats; find_layers takes only skip= and "
+                "norm= besides the function and its arguments"
             )

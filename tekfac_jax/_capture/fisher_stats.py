@@ -1,19 +1,20 @@
-"""Statistics of the Fisher whose labels come from the model, not from the batch."""
+"""Curvature statistics with labels from the model instead of the batch."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
 
 from tekfac_jax._arguments import check_choice, check_flag, check_function, check_key, check_number
-from tekfac_jax._capture.modes import Gatherer, Mode, gathering_function
+from tekfac_jax._capture.modes import MakeCollector, Mode, statistics_function
 from tekfac_jax._capture.plan import batch_plan
 from tekfac_jax._layers.spec import Layers, LayerSpec, check_layers
-from tekfac_jax._layers.statistics import FactorKind
+from tekfac_jax._layers.statistics import FactorKind, StatisticsOfBatch
+from tekfac_jax._layers.types import Params, PyTree
 
 Estimator = Literal["sampled", "exact"]
 
@@ -22,11 +23,17 @@ class Likelihood(Protocol):
     """What the outputs of a network mean. `fisher_root` is needed for ``"exact"`` only."""
 
     def neg_log_prob(self, outputs: jax.Array, targets: jax.Array) -> jax.Array:
-        """−log p(targets | outputs), of any shape: it is summed."""
+        """−log p(targets | outputs), in any shape: the entries are summed."""
         ...
 
     def sample(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
         """Targets drawn from the predictive distribution."""
+        ...
+
+
+class _WithFisherRoot(Likelihood, Protocol):
+    def fisher_root(self, outputs: jax.Array) -> jax.Array:
+        """Columns whose outer products sum to the Fisher matrix of an example's outputs."""
         ...
 
 
@@ -44,7 +51,7 @@ class Categorical:
         return jax.random.categorical(key, outputs)
 
     def fisher_root(self, outputs: jax.Array) -> jax.Array:
-        """Columns √p_k (e_k − p), one for each prediction of an example and class k.
+        """Columns √p_k (e_k − p), one for each prediction of an example and each class k.
 
         Shape [predictions · K, *outputs.shape].
         """
@@ -81,7 +88,7 @@ class Gaussian:
     """Independent normal distributions. Outputs: means [N, ...]; targets: the same shape.
 
     Attributes:
-        variance: σ², positive. The loss that goes with it is ‖targets − outputs‖² / 2σ².
+        variance: σ², positive. The corresponding loss is ‖targets − outputs‖² / 2σ².
     """
 
     variance: float = 1.0
@@ -104,7 +111,7 @@ class Gaussian:
 
 
 def fisher_stats(
-    predict_fn: Callable[..., Any],
+    predict_fn: Callable[..., PyTree],
     layers: Layers,
     *,
     likelihood: Likelihood,
@@ -112,7 +119,7 @@ def fisher_stats(
     has_aux: bool = False,
     mode: Mode = "raw",
     factors: FactorKind = "exact",
-) -> Callable[..., Any]:
+) -> Callable[..., PyTree]:
     """Curvature statistics from labels that the model itself predicts.
 
     Args:
@@ -125,8 +132,8 @@ def fisher_stats(
             Fisher matrix of an example's outputs.
         estimator: ``"sampled"``: one label drawn for each prediction, one backward pass.
             ``"exact"``: the expectation over labels, one backward pass for each column, all held
-            in memory: for tests and small problems, and for TEKFAC and TKFAC only: A of KFAC and
-            EKFAC would count each column, so that they count a failure instead.
+            in memory: for tests and small problems. Only for TEKFAC and TKFAC: the factor A of
+            KFAC and EKFAC would count every column, so they count a failure instead.
         has_aux: whether `predict_fn` returns ``(outputs, aux)``.
         mode: ``"raw"`` or, with sampled labels, ``"reduced"``, as in `value_grad_and_stats`.
         factors: with ``mode="reduced"``, which factors, as in `value_grad_and_stats`.
@@ -138,8 +145,8 @@ def fisher_stats(
 
     Raises:
         ValueError: unknown estimator, mode or factors; reduced statistics of the exact estimator;
-            a likelihood without `fisher_root` for ``"exact"``; when
-            called: no key for ``"sampled"``, or as in `value_grad_and_stats`.
+            a likelihood without a method that the estimator needs; when called: no key for
+            ``"sampled"``, or as in `value_grad_and_stats`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -157,61 +164,85 @@ def fisher_stats(
     check_function("predict_fn", predict_fn)
     check_flag("has_aux", has_aux)
     check_choice("estimator", estimator, ("sampled", "exact"))
-    if estimator == "exact" and not hasattr(likelihood, "fisher_root"):
-        raise ValueError(
-            f'estimator="exact" needs fisher_root(outputs), which {type(likelihood).__name__} has '
-            'not; use estimator="sampled"'
-        )
-
-    needed = ("neg_log_prob", "sample") if estimator == "sampled" else ()
-    if missing := [name for name in needed if not hasattr(likelihood, name)]:
-        raise ValueError(
-            f"likelihood must have {' and '.join(missing)}, which {type(likelihood).__name__} has "
-            "not; tekfac_jax.Categorical() is one"
-        )
+    _check_likelihood(likelihood, estimator)
     if estimator == "exact" and mode == "reduced":
         raise ValueError(
-            'mode="reduced" needs estimator="sampled": the exact one holds a capture for each '
-            "column of the Fisher root anyway"
+            'mode="reduced" needs estimator="sampled": the exact estimator holds a capture for '
+            "each column of the Fisher root in any case"
         )
 
-    def gather(gatherer: Gatherer, params: Any, args: Any, kwargs: Any) -> Any:
-        key = kwargs.pop("key", None)
+    def run(
+        make_collector: MakeCollector,
+        params: Params,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> StatisticsOfBatch | tuple[PyTree, StatisticsOfBatch]:
+        key = cast("jax.Array | None", kwargs.pop("key", None))
         if estimator == "sampled" and key is None:
             raise ValueError('estimator="sampled" draws labels: pass key=jax.random.key(...)')
         if estimator == "sampled":
             check_key(key)
-        model: Any = likelihood
         plan = batch_plan(predict_fn, layers, params, args, kwargs)
         _check_outputs(plan.trace.output, has_aux)
         size = jnp.asarray(plan.batch_size, jnp.result_type(float))
-        gathering = gatherer(plan, size, size)
-        outputs_of = functools.partial(gathering.run, params)
-        outputs, pull_back, *aux = jax.vjp(outputs_of, gathering.slots(), has_aux=has_aux)
+        collector = make_collector(plan, size, size)
+
+        # Forward pass: the outputs, and the map from a gradient of the outputs to the statistics.
+        outputs_of = functools.partial(collector.run, params)
+        outputs, pull_back, *aux = jax.vjp(outputs_of, collector.slots(), has_aux=has_aux)
+
+        # Backward pass: once with sampled labels, or once for each column of the Fisher root.
         if estimator == "sampled":
-            targets = model.sample(key, outputs)
-            u = jax.grad(lambda s: jnp.sum(model.neg_log_prob(s, targets)))(outputs)
+            assert key is not None
+            u = _sampled_gradient(likelihood, key, outputs)
             (found,) = pull_back(u / plan.batch_size)
         else:
-            root = model.fisher_root(outputs).astype(outputs.dtype)
+            assert _has_fisher_root(likelihood)
+            root = likelihood.fisher_root(outputs).astype(outputs.dtype)
             (columns,) = jax.vmap(pull_back)(root / plan.batch_size)
             found = {
                 path: jax.tree.map(functools.partial(_columns_as_examples, spec), columns[path])
                 for path, spec in layers.items()
             }
-        stats = gathering.finish(found)
+        stats = collector.finish(found)
         return (aux[0], stats) if has_aux else stats
 
-    return gathering_function(gather, layers, mode, factors)
+    return statistics_function(run, layers, mode, factors)
 
 
-def _check_outputs(output: Any, has_aux: bool) -> None:
+def _has_fisher_root(likelihood: Likelihood) -> TypeGuard[_WithFisherRoot]:
+    return hasattr(likelihood, "fisher_root")
+
+
+def _check_likelihood(likelihood: Likelihood, estimator: Estimator) -> None:
+    """Raises for a likelihood without a method that the estimator needs."""
+    kind = type(likelihood).__name__
+    if estimator == "exact" and not _has_fisher_root(likelihood):
+        raise ValueError(
+            f'estimator="exact" needs fisher_root(outputs), which {kind} does not have; use '
+            'estimator="sampled"'
+        )
+    needed = ("neg_log_prob", "sample") if estimator == "sampled" else ()
+    if missing := [name for name in needed if not hasattr(likelihood, name)]:
+        raise ValueError(
+            f"likelihood must have {' and '.join(missing)}, which {kind} does not have; use "
+            "tekfac_jax.Categorical(), for example"
+        )
+
+
+def _sampled_gradient(likelihood: Likelihood, key: jax.Array, outputs: jax.Array) -> jax.Array:
+    """Gradient of the summed loss with respect to the outputs, for labels drawn from the model."""
+    targets = likelihood.sample(key, outputs)
+    return jax.grad(lambda s: jnp.sum(likelihood.neg_log_prob(s, targets)))(outputs)
+
+
+def _check_outputs(output: PyTree, has_aux: bool) -> None:
     if has_aux:
         if not isinstance(output, tuple) or len(output) != 2:
             raise ValueError("with has_aux=True predict_fn must return a pair (outputs, aux)")
         output = output[0]
     dtype, shape = getattr(output, "dtype", None), getattr(output, "shape", ())
-    no_array = type(output) is jax.ShapeDtypeStruct  # the trace has its own stand-in
+    no_array = type(output) is jax.ShapeDtypeStruct  # the trace marks arrays by a subclass
     real = not no_array and dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     if not real or not shape or not math.prod(shape):
         what = (
@@ -221,12 +252,12 @@ def _check_outputs(output: Any, has_aux: bool) -> None:
         )
         raise ValueError(
             "predict_fn must return one real array with the batch as leading axis, such as logits, "
-            f"got {what}; with further outputs return (outputs, aux) and pass has_aux=True"
+            f"got {what}; to return more, return (outputs, aux) and pass has_aux=True"
         )
 
 
 def _columns_as_examples(spec: LayerSpec, x: jax.Array) -> jax.Array:
-    """Each column is one more set of examples; the sums are divided by N all the same."""
+    """Treats each column as another set of examples; sums are still divided by N."""
     batch = len(spec.stack)
     x = jnp.moveaxis(x, 0, batch)
     return x.reshape(*x.shape[:batch], -1, *x.shape[batch + 2 :])

@@ -1,8 +1,8 @@
-"""From layers to a plan for one set of shapes: which layer call fills which slot."""
+"""The plan of one traced function: which of its layer calls fills which slot."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ from tekfac_jax._capture.coverage import UNSEEN, CapturedCall, Findings, judge, 
 from tekfac_jax._layers.paths import parameter_path
 from tekfac_jax._layers.spec import Layers, LayerSpec, zeros_like
 from tekfac_jax._layers.statistics import Capture
+from tekfac_jax._layers.types import Params, PyTree
 from tekfac_jax._tracing.parameter_usage import Occurrence
-from tekfac_jax._tracing.replay import Tag, capture
+from tekfac_jax._tracing.replay import Tag, capture_rule
 from tekfac_jax._tracing.trace import Trace, trace_layers
 
-Captures = dict[str, tuple[Capture, ...]]
+Captures: TypeAlias = dict[str, tuple[Capture, ...]]
 
 
 class Plan(NamedTuple):
@@ -26,7 +27,7 @@ class Plan(NamedTuple):
     batch_size: int
 
     def slots(self) -> Captures:
-        """Zeros of the shapes of what will be captured: [*stack, N, *repeats, ...]."""
+        """Zeros in the shapes of the captures: [*stack, N, *repeats, ...]."""
 
         def slot(use: CapturedCall) -> Capture:
             lead = (*use.occurrence.scans, *use.occurrence.marks["end"].vmapped)
@@ -40,21 +41,21 @@ class Plan(NamedTuple):
 
         return {path: tuple(map(slot, uses)) for path, uses in self.uses.items()}
 
-    def run(self, params: Any, slots: Captures) -> Any:
-        """The function's output, with a tag on each call of a layer: its capture."""
-        tags = {path: self.captures(path, slots[path]) for path in self.uses}
+    def run(self, params: Params, slots: Captures) -> PyTree:
+        """The function's output, with every layer call captured."""
+        tags = {path: self.capture_tags(path, slots[path]) for path in self.uses}
         return self.run_with(params, tags)
 
-    def captures(self, path: str, slots: Sequence[Capture]) -> list[Tag]:
+    def capture_tags(self, path: str, slots: Sequence[Capture]) -> list[Tag]:
         """The tags that capture all calls of one layer."""
 
         def tag(use: CapturedCall, slot: Capture) -> Tag:
             to, source = _repeated_axes(use.occurrence)
-            return Tag(capture, Capture(*(jnp.moveaxis(x, source, to) for x in slot)))
+            return Tag(capture_rule, Capture(*(jnp.moveaxis(x, source, to) for x in slot)))
 
         return list(map(tag, self.uses[path], slots))
 
-    def run_with(self, params: Any, tags: Mapping[str, Sequence[Tag]]) -> Any:
+    def run_with(self, params: Params, tags: Mapping[str, Sequence[Tag]]) -> PyTree:
         """The function's output, with these tags on the calls of each layer."""
         in_order: list[Tag | None] = [None for o in self.trace.usage.occurrences if not o.inside]
         for path, uses in self.uses.items():
@@ -63,16 +64,16 @@ class Plan(NamedTuple):
         return self.trace.run(params, in_order)
 
     def call_of(self, path: str) -> CapturedCall | None:
-        """The one call of a layer; None if it is called, or a scan repeats it, several times."""
+        """The only call of a layer; None if there are several calls or a scan repeats it."""
         use, *more = self.uses[path]
         repeated, _ = _repeated_axes(use.occurrence)
         return None if more or repeated else use
 
 
 def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the scans that repeat a layer stand in the program, and where in a capture.
+    """Axes of the scans that repeat a layer: where the program puts them, and where a capture does.
 
-    They are further positions: their place is behind the batch.
+    Repetitions count as further positions, so in a capture they follow the batch axis.
     """
     scans = scans_of(occurrence)
     repeated = tuple(i for i, (_, over) in enumerate(scans) if not over)
@@ -81,13 +82,13 @@ def _repeated_axes(occurrence: Occurrence) -> tuple[tuple[int, ...], tuple[int, 
 
 
 def batch_plan(
-    fn: Callable[..., Any],
+    fn: Callable[..., PyTree],
     layers: Layers,
-    params: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    params: Params,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
 ) -> Plan:
-    """Traces `fn` for these arguments and holds what it finds against `layers`."""
+    """Traces `fn` for these arguments and compares what it finds with `layers`."""
     norms = any(spec.kind == "norm" for spec in layers.values())
     trace = trace_layers(fn, params, args, kwargs, norms=norms)
     findings = judge(trace, lambda path: False)
@@ -111,14 +112,14 @@ def batch_plan(
 
 
 def _changes(old: LayerSpec, new: LayerSpec) -> str:
-    """The fields that differ."""
+    """The fields that differ, in words."""
     names = [field.name for field in dataclasses.fields(old) if field.compare]
     both = ((name, getattr(old, name), getattr(new, name)) for name in names)
     return ", ".join(f"{name} was {was!r} and is {now!r}" for name, was, now in both if was != now)
 
 
 def _check_nothing_new(findings: Findings, layers: Layers) -> None:
-    """Raises for what find_layers has not seen, or would have covered had it been called then."""
+    """Raises for parameters and layer calls that `find_layers` did not see."""
     reasons = dict(layers.uncovered)
     unknown = findings.uncovered.keys() - reasons.keys()
     unknown |= {
@@ -126,19 +127,19 @@ def _check_nothing_new(findings: Findings, layers: Layers) -> None:
         for path, spec in findings.specs.items()
         if path not in layers and parameter_path(path, spec.kernel_name) not in reasons
     }
-    # Layers that were chosen by hand need not list the others.
+    # A hand-made `Layers` has no batch size and need not list the other parameters.
     if unknown and layers.batch_size is not None:
         raise ValueError(
-            f"argument 0 has parameters that were not there when find_layers looked: "
+            "argument 0 has parameters that find_layers did not see: "
             f"{', '.join(sorted(unknown))}. Call find_layers again."
         )
     for path, spec in findings.specs.items():
         reason = reasons.get(parameter_path(path, spec.kernel_name), "")
         if path not in layers and reason.startswith(UNSEEN):
             raise ValueError(
-                f"layer {path!r} is called here, but was not when find_layers looked: call "
-                "find_layers with the function and arguments that are used here (and leave the "
-                "layer out with skip= if it shall stay as it is)"
+                f"layer {path!r} is called here, but was not called when find_layers ran: call "
+                "find_layers with the function and arguments that are used here (pass skip= to "
+                "keep the layer uncovered)"
             )
 
 
@@ -149,7 +150,7 @@ def common_batch_size(covered: Mapping[str, list[CapturedCall]]) -> int:
         listed = ", ".join(f"{path}: {size}" for path, size in sorted(sizes))
         raise ValueError(
             f"layers disagree on the batch size, the leading axis of their inputs ({listed}). "
-            "Keep the batch as the leading axis, or leave the odd ones out with "
+            "Keep the batch as the leading axis, or leave out the layers that differ with "
             "find_layers(..., skip=...)."
         )
     _, size = next(iter(sizes))

@@ -1,12 +1,12 @@
-"""Statistics that are contracted in the backward pass, where (a, u) are still at hand.
+"""Statistics that are contracted in the backward pass, while (a, u) are in memory.
 
-What is kept of a layer is then as large as its curvature, not as its activations: under `nn.remat`
-and `nn.scan` the saving of memory stays, and the statistics of micro-batches simply add up. Θ needs
-a basis, and the only one there is yet is that of the optimizer's state when the step begins.
+What a layer leaves behind is then as large as its curvature, not as its activations: `nn.remat` and
+`nn.scan` keep their memory savings, and the statistics of micro-batches add up. Θ needs a basis,
+and the only one known at that point is the one in the optimizer state when the step begins.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,31 @@ from jax import lax
 from tekfac_jax._capture.coverage import CapturedCall
 from tekfac_jax._capture.plan import Plan
 from tekfac_jax._curvature.by_kind import factors_of, rescaling_of
-from tekfac_jax._curvature.chunks import sum_over_examples
+from tekfac_jax._curvature.chunks import Contraction, sum_over_examples
 from tekfac_jax._curvature.eigenbasis import Basis
 from tekfac_jax._layers.spec import LayerSpec, at_least_float32, replace, zeros_like
 from tekfac_jax._layers.statistics import Capture, FactorKind, Reduced, ReducedStatistics
+from tekfac_jax._layers.types import Params, PyTree
 from tekfac_jax._tracing.replay import Rule, Tag
+
+S = TypeVar("S")
+# The sums of a layer that is called once, the captures of any other.
+_Slots: TypeAlias = dict[str, PyTree]
+
+
+class _Operands(NamedTuple):
+    """What is needed to form the sums of one layer."""
+
+    basis: Basis | None
+    scale: jax.Array  # factor that turns u into the gradient of the summed loss
+    when: jax.Array
 
 
 class _Slot(NamedTuple):
-    zeros: Reduced
-    basis: Any
-    scale: Any  # what turns u into the gradient of the summed loss
-    when: Any
+    """The slot of a layer that is called once."""
+
+    sums: Reduced
+    operands: _Operands | None  # None in the slot's gradient
 
 
 def reduce(
@@ -41,7 +54,7 @@ def reduce(
     dtype = at_least_float32(spec.dtype)
 
     def contract() -> Reduced:
-        def total(contraction: Any) -> Any:
+        def total(contraction: Contraction[S]) -> S:
             return sum_over_examples(contraction, spec, captures, scale, dtype)
 
         phi, psi = total(factors_of(spec, factors))
@@ -52,10 +65,10 @@ def reduce(
     return lax.cond(when, contract, lambda: jax.tree.map(zeros_like, nothing))
 
 
-def _contracting(spec: LayerSpec, factors: FactorKind, use: CapturedCall) -> Rule:
-    """The rule that hands out the sums of a call that is a layer's only one."""
+def _contraction_rule(spec: LayerSpec, factors: FactorKind, use: CapturedCall) -> Rule:
+    """The rule that returns the sums of a layer's only call."""
     vmapped = use.occurrence.marks["end"].vmapped
-    # Of the stack a call inside a scan sees one layer; what vmap stacks it sees as a whole.
+    # A call sees all layers that vmap stacks, but only one of those that a scan stacks.
     inner = replace(spec, stack=vmapped)
     shape, dtype = (*vmapped, *use.call.input.shape), use.call.input.dtype
 
@@ -64,12 +77,15 @@ def _contracting(spec: LayerSpec, factors: FactorKind, use: CapturedCall) -> Rul
         del a, slot
         return y
 
-    def forward(y: jax.Array, a: jax.Array, slot: _Slot) -> Any:
-        return y, (a, slot.basis, slot.scale, slot.when)
+    def forward(
+        y: jax.Array, a: jax.Array, slot: _Slot
+    ) -> tuple[jax.Array, tuple[jax.Array, _Operands]]:
+        assert slot.operands is not None
+        return y, (a, slot.operands)
 
-    def backward(kept: Any, u: jax.Array) -> Any:
-        a, *rest = kept
-        return u, None, _Slot(reduce(inner, factors, (Capture(a, u),), *rest), None, None, None)
+    def backward(kept: tuple[jax.Array, _Operands], u: jax.Array) -> tuple[jax.Array, None, _Slot]:
+        a, operands = kept
+        return u, None, _Slot(reduce(inner, factors, (Capture(a, u),), *operands), None)
 
     tag.defvjp(forward, backward)
 
@@ -79,23 +95,24 @@ def _contracting(spec: LayerSpec, factors: FactorKind, use: CapturedCall) -> Rul
     return rule
 
 
-class Reduction(NamedTuple):
-    """How the layers of one plan are reduced."""
+class ReducedCollector(NamedTuple):
+    """Contracts the captures of one plan in the backward pass.
+
+    Only a layer that is called once can be contracted right there. If there are several calls, the
+    gradients of an example add up before anything is squared, so they must be known together:
+    such a layer keeps its captures and is reduced at the end.
+    """
 
     plan: Plan
     specs: Mapping[str, LayerSpec]
     factors: FactorKind
     bases: Mapping[str, Basis] | None
     scale: jax.Array
-    examples: jax.Array  # that count
-    when: jax.Array
+    examples: jax.Array  # how many examples count
+    when: jax.Array  # whether anything is contracted
 
-    def slots(self) -> dict[str, Any]:
-        """Zeros: of a layer that is called once its sums, of another its captures.
-
-        Of several calls the gradients of an example add up before anything is squared, so they
-        must be known together.
-        """
+    def slots(self) -> _Slots:
+        """Zeros: the sums of a layer that is called once, the captures of any other."""
         captures = self.plan.slots()
         return {
             path: captures[path] if use is None else self._zeros(spec, use.call.output)
@@ -103,21 +120,21 @@ class Reduction(NamedTuple):
             for use in [self.plan.call_of(path)]
         }
 
-    def run(self, params: Any, slots: Mapping[str, Any]) -> Any:
+    def run(self, params: Params, slots: _Slots) -> PyTree:
         """The function's output, with a tag on each call of a layer."""
-        tags = {}
+        tags: dict[str, list[Tag]] = {}
         for path, spec in self.specs.items():
             use = self.plan.call_of(path)
             if use is None:
-                tags[path] = self.plan.captures(path, slots[path])
+                tags[path] = self.plan.capture_tags(path, slots[path])
             else:
-                rule = _contracting(spec, self.factors, use)
+                rule = _contraction_rule(spec, self.factors, use)
                 tags[path] = [Tag(rule, self._slot(path, slots[path], use))]
         return self.plan.run_with(params, tags)
 
-    def finish(self, found: Mapping[str, Any]) -> ReducedStatistics:
+    def finish(self, found: _Slots) -> ReducedStatistics:
         """Statistics from what the slots received."""
-        layers = {}
+        layers: dict[str, Reduced] = {}
         for path, spec in self.specs.items():
             if self.plan.call_of(path) is None:
                 arguments = found[path], self._basis(path), self.scale, self.when
@@ -149,4 +166,4 @@ class Reduction(NamedTuple):
     def _slot(self, path: str, zeros: Reduced, use: CapturedCall) -> _Slot:
         scans = use.occurrence.scans
         scale, when = (jnp.broadcast_to(x, scans) for x in (self.scale, self.when))
-        return _Slot(zeros, self._basis(path), scale, when)
+        return _Slot(zeros, _Operands(self._basis(path), scale, when))

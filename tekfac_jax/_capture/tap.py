@@ -1,7 +1,6 @@
-"""TODO: _capture/tap"""
+"""The loss with slots, for users who call `jax.grad` themselves."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -10,13 +9,14 @@ from tekfac_jax._arguments import check_function
 from tekfac_jax._capture.plan import Captures, batch_plan
 from tekfac_jax._layers.paths import flattened
 from tekfac_jax._layers.spec import Layers, check_layers
+from tekfac_jax._layers.types import Params, PyTree
 
 
-def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
+def tap(loss_fn: Callable[..., PyTree], layers: Layers) -> Callable[..., PyTree]:
     """The loss with slots: differentiate it with respect to argument 1 to get the captures.
 
-    The layer under `value_grad_and_stats`, for who wants to own `jax.grad`. Wrap the captures as
-    ``Statistics(captures, scale)``, where `scale` is what the loss was divided by.
+    The building block of `value_grad_and_stats`, for users who call `jax.grad` themselves. Wrap the
+    captures as ``Statistics(captures, scale)``, where `scale` is what the loss was divided by.
 
     Args:
         loss_fn: function of (params, *args, **kwargs).
@@ -26,8 +26,8 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
         Function of (params, slots, *args, **kwargs) that returns what `loss_fn` returns.
 
     Raises:
-        ValueError: when called: a layer of `layers` is missing, used differently or has another
-            shape, there is one or a parameter that `find_layers` did not see, or batch sizes
+        ValueError: when called: a layer of `layers` is missing, is used differently or has another
+            shape; there is a layer or a parameter that `find_layers` did not see; or batch sizes
             disagree.
 
     Example:
@@ -46,7 +46,7 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
     check_layers(layers)
     check_function("loss_fn", loss_fn)
 
-    def tapped(params: Any, slots: Captures, *args: Any, **kwargs: Any) -> Any:
+    def tapped(params: Params, slots: Captures, *args: object, **kwargs: object) -> PyTree:
         plan = batch_plan(loss_fn, layers, params, args, kwargs)
         _check_slots(slots, plan.slots())
         return plan.run(params, slots)
@@ -55,9 +55,9 @@ def tap(loss_fn: Callable[..., Any], layers: Layers) -> Callable[..., Any]:
 
 
 def make_slots(
-    loss_fn: Callable[..., Any], layers: Layers, params: Any, *args: Any, **kwargs: Any
+    loss_fn: Callable[..., PyTree], layers: Layers, params: Params, *args: object, **kwargs: object
 ) -> Captures:
-    """Zero slots for `tap`, of the shapes that these arguments lead to.
+    """Zero slots for `tap`, in the shapes that these arguments lead to.
 
     Args:
         loss_fn: function of (params, *args, **kwargs).
@@ -67,12 +67,12 @@ def make_slots(
         **kwargs: keyword arguments.
 
     Returns:
-        For each layer path one `Capture` per call: `a` in the shape of the layer's input, `u` in
+        For each layer path, one `Capture` per call: `a` in the shape of the layer's input, `u` in
         the shape of its output.
 
     Raises:
-        ValueError: a layer of `layers` is missing, used differently or has another shape, or there
-            is one or a parameter that `find_layers` did not see.
+        ValueError: a layer of `layers` is missing, is used differently or has another shape, or
+            there is a layer or a parameter that `find_layers` did not see.
 
     Example: see `tap`.
     """
@@ -80,7 +80,7 @@ def make_slots(
     return batch_plan(loss_fn, layers, params, args, kwargs).slots()
 
 
-def _check_slots(slots: Any, expected: Captures) -> None:
+def _check_slots(slots: PyTree, expected: Captures) -> None:
     found, structure = flattened(slots, "slots")
     leaves, wanted = flattened(expected, "slots")
     same = structure == wanted and all(
@@ -89,6 +89,6 @@ def _check_slots(slots: Any, expected: Captures) -> None:
     )
     if not same:
         raise ValueError(
-            "slots do not fit: they must be what make_slots returns for this function, these "
-            "layers and arguments of these shapes"
+            "slots do not fit: pass what make_slots returns for this function, these layers and "
+            "arguments of these shapes"
         )

@@ -1,21 +1,28 @@
-"""Listening to the modules of `flax.linen`."""
+"""Observes the module calls of `flax.linen`."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
+import jax
+from flax.linen.module import InterceptorContext
 
+from tekfac_jax._layers.types import PyTree
 from tekfac_jax._tracing.observe import ModuleCall, observe
 from tekfac_jax._tracing.recorder import Recorder
 
 
-def observer(recorder: Recorder) -> Callable[..., Any]:
-    """An interceptor for `nn.intercept_methods` that tells the recorder of every call."""
+def observer(recorder: Recorder) -> Callable[..., PyTree]:
+    """An interceptor for `nn.intercept_methods` that reports every call to the recorder."""
 
-    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def intercept(
+        next_fun: Callable[..., PyTree],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        context: InterceptorContext,
+    ) -> PyTree:
         module, method = context.module, context.method_name
 
-        def state() -> dict[str, Any]:
+        def state() -> dict[str, PyTree]:
             return {name: v for name, v in module.variables.items() if name != "params"}
 
         with recorder.module((args, kwargs, module.variables)):
@@ -37,9 +44,9 @@ def observer(recorder: Recorder) -> Callable[..., Any]:
     return intercept
 
 
-def _parameters_of(module: nn.Module) -> dict[str, Any]:
-    """The arrays that stand directly in the module's own parameter dict."""
+def _parameters_of(module: nn.Module) -> dict[str, jax.Array]:
+    """The arrays directly in the module's own parameter dict."""
     own = module.variables.get("params", {})
-    if not isinstance(own, Mapping):  # Flax will say so
+    if not isinstance(own, Mapping):  # Flax raises its own error
         return {}
     return {name: nn.unbox(value) for name, value in own.items() if not isinstance(value, Mapping)}

@@ -1,9 +1,8 @@
-"""Listening to the modules of `flax.nnx`: each call is told in the terms of linen."""
+"""Observes the module calls of `flax.nnx` and reports them in the terms of linen."""
 
 import functools
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -12,10 +11,11 @@ from flax.linen import dtypes as linen_dtypes
 from flax.nnx.nn import dtypes as nnx_dtypes
 from jax import lax
 
+from tekfac_jax._layers.types import PyTree
 from tekfac_jax._tracing.observe import ModuleCall, observe
 from tekfac_jax._tracing.recorder import current_recorder
 
-# The layers that nnx shares with linen: the same attributes, and the same parameters.
+# The layers that nnx shares with linen: same attributes, same parameters.
 _LINEN: dict[type, type] = {
     nnx.Linear: nn.Dense,
     nnx.LinearGeneral: nn.DenseGeneral,
@@ -32,10 +32,10 @@ _LINEN: dict[type, type] = {
 
 @functools.cache
 def observed(kind: type) -> type:
-    """A subclass whose calls tell the recorder of the trace, if there is one."""
+    """A subclass of `kind` whose calls are reported to the recorder of the trace, if any."""
 
-    def method_of(name: str) -> Callable[..., Any]:
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method_of(name: str) -> Callable[..., PyTree]:
+        def method(self: nnx.Module, *args: object, **kwargs: object) -> PyTree:
             return _observe(kind, name, self, args, kwargs)
 
         return method
@@ -45,17 +45,23 @@ def observed(kind: type) -> type:
 
 
 def _observe(
-    kind: type, method: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Makes the call, and tells the recorder of it in the terms of linen."""
+    kind: type,
+    method: str,
+    module: nnx.Module,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+) -> PyTree:
+    """Makes the call and reports it to the recorder in the terms of linen."""
     recorder = current_recorder()
     run = functools.partial(getattr(kind, method), module, *args, **kwargs)
     if recorder is None:
         return run()
+
+    # Only the module's own variables, not those of the modules inside.
     variables = {n: v for n, v in vars(module).items() if isinstance(v, nnx.Variable)}
     parameters = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.Param)}
 
-    def state() -> dict[str, Any]:
+    def state() -> dict[str, PyTree]:
         stats = {n: v[...] for n, v in variables.items() if isinstance(v, nnx.BatchStat)}
         return {"batch_stats": stats} if stats else {}
 
@@ -74,7 +80,7 @@ def _observe(
         return observe(recorder, call)
 
 
-# What nnx has as a default where linen has None, or another function of the same name.
+# Defaults of nnx where linen has None, or its own function of the same name.
 _DEFAULTS = {
     "dot_general": lax.dot_general,
     "conv_general_dilated": lax.conv_general_dilated,
@@ -82,21 +88,21 @@ _DEFAULTS = {
 }
 
 
-def _as_linen(module: Any) -> Any:
+def _as_linen(module: nnx.Module) -> SimpleNamespace:
     """The attributes that the layer would have in linen."""
-    attributes: dict[str, Any] = {
+    attributes: dict[str, object] = {
         "dot_general": None, "dot_general_cls": None, "conv_general_dilated_cls": None,
     }  # fmt: skip
     attributes |= {name: value for name, value in vars(module).items() if name[0] != "_"}
     for name, default in _DEFAULTS.items():
         if attributes.get(name) is default:
             attributes[name] = None
-    if module.promote_dtype is nnx_dtypes.promote_dtype:
+    if attributes["promote_dtype"] is nnx_dtypes.promote_dtype:
         attributes["promote_dtype"] = linen_dtypes.promote_dtype
-    attributes["use_bias"] = getattr(module, "bias", None) is not None
-    if "num_groups" in attributes:  # nnx keeps both, linen takes one
+    attributes["use_bias"] = attributes.get("bias") is not None
+    if "num_groups" in attributes:  # nnx keeps both num_groups and group_size, linen takes one
         attributes["group_size"] = None
-    attributes["batch_dims"] = tuple(attributes.get("batch_axis", ()))
+    attributes["batch_dims"] = tuple(getattr(module, "batch_axis", ()))
     if attributes.get("einsum_op") is not None:
-        attributes["promote_dtype"] = None  # it computes something else
+        attributes["promote_dtype"] = None  # a custom einsum_op is reported as custom arithmetic
     return SimpleNamespace(**attributes)

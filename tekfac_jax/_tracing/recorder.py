@@ -1,15 +1,16 @@
-"""What the layers tell while a function is traced: a note of each call, and markers around it."""
+"""The recorder of a trace: it notes each layer call and places markers around it."""
 
 import contextlib
 import contextvars
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import jax
 
 from tekfac_jax._layers.spec import LayerSpec
+from tekfac_jax._layers.types import PyTree
 from tekfac_jax._tracing.markers import mark
 
 
@@ -27,7 +28,7 @@ class Recorder:
     """Notes the layer calls of one trace. Changes nothing and computes nothing.
 
     Attributes:
-        norms: whether normalisations are layers too.
+        norms: whether normalisations count as layers.
     """
 
     def __init__(self, norms: bool) -> None:
@@ -39,8 +40,8 @@ class Recorder:
         self._model: int | None = None  # number of the outermost module call, while there is one
 
     @contextlib.contextmanager
-    def module(self, tree: Any) -> Iterator[None]:
-        """Around the call of any module; `tree` holds an array that it uses."""
+    def module(self, tree: PyTree) -> Iterator[None]:
+        """Surrounds the call of any module; `tree` holds an array that the call uses."""
         if self._model is not None:
             yield
             return
@@ -57,20 +58,20 @@ class Recorder:
     def layer(
         self,
         call: Callable[[], jax.Array],
-        x: Any,
-        parameters: Mapping[str, Any],
-        kernel: Any,
+        x: jax.Array,
+        parameters: Mapping[str, jax.Array],
+        kernel: jax.Array,
         describe: Callable[[jax.Array], LayerSpec | str],
         captured: jax.ShapeDtypeStruct,
         name: str,
     ) -> jax.Array:
-        """Makes the call of a supported layer inside a call of `module`; returns its output.
+        """Makes the call of a supported layer inside `module`; returns the layer's output.
 
         Args:
             call: the call itself.
             x: its input.
-            parameters: the layer's own.
-            kernel: the one of them that is multiplied.
+            parameters: the layer's own parameters.
+            kernel: the parameter that the input is multiplied by.
             describe: from the output to the spec, or to the reason why there is none.
             captured: shape and dtype in which the input is captured.
             name: for messages.
@@ -78,7 +79,7 @@ class Recorder:
         number = next(self._numbers)
         self._mark(x, number, "begin")
         for key, value in parameters.items():
-            if hasattr(value, "shape"):
+            if has_shape(value):
                 self._mark(value, number, "kernel" if value is kernel else _word(key))
         y = self._mark(call(), number, "end")
         assert self._model is not None
@@ -91,16 +92,21 @@ class Recorder:
         )
         return y
 
-    def other(self, parameters: Mapping[str, Any], why: str) -> None:
-        """Notes the parameters of a module that is no supported layer, and why it is none."""
+    def other(self, parameters: Mapping[str, jax.Array], why: str) -> None:
+        """Notes the parameters of a module that is no supported layer, and the reason."""
         number = next(self._numbers)
         self.others[number] = why
         for key, value in parameters.items():
-            if hasattr(value, "shape"):
+            if has_shape(value):
                 self._mark(value, number, "other_" + _word(key))
 
-    def _mark(self, value: Any, number: int, role: str) -> Any:
+    def _mark(self, value: jax.Array, number: int, role: str) -> jax.Array:
         return mark(value, number, role, lambda: self.differentiated.add(number))
+
+
+def has_shape(value: object) -> TypeGuard[jax.Array]:
+    """Whether a value is an array, and not one of the other things that modules hold or take."""
+    return hasattr(value, "shape")
 
 
 def _word(name: str) -> str:
@@ -113,13 +119,13 @@ _recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar(
 
 
 def current_recorder() -> Recorder | None:
-    """The recorder of the trace that is going on, if there is one."""
+    """The recorder of the trace in progress, or None."""
     return _recorder.get()
 
 
 @contextlib.contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Makes it the current one."""
+    """Makes `recorder` the current one inside the block."""
     token = _recorder.set(recorder)
     try:
         yield

@@ -1,14 +1,13 @@
 """Runs a traced function once more, with a tag on the output of each layer call.
 
-A tag is an identity whose custom derivative hands out a statistic as the "gradient" of an
-otherwise unused zero slot: (a, u), the layer's input and the gradient with respect to its output,
-or what is made of them. Slots enter scans as something more to run over, so that each iteration
-fills its own.
+A tag is an identity whose custom derivative returns a statistic as the "gradient" of an otherwise
+unused zero slot: (a, u), the layer's input and the gradient with respect to its output, or sums
+formed from them. A scan runs over the slots too, so that each iteration fills its own.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +15,30 @@ from jax import lax
 from jax.extend import core
 
 from tekfac_jax._layers.statistics import Capture
-from tekfac_jax._tracing.markers import Body, Mark, body_of, mark_of, marks_below, scan_layout
+from tekfac_jax._layers.types import PyTree
+from tekfac_jax._tracing.markers import (
+    Atom,
+    Body,
+    Mark,
+    body_of,
+    mark_of,
+    marks_below,
+    scan_layout,
+)
 
-# Tags a layer's output: function of the output, the input and the slot.
-Rule = Callable[[jax.Array, jax.Array, Any], jax.Array]
+Slot: TypeAlias = PyTree  # zeros: a `Capture`, or sums and what the rule needs to form them
+Rule: TypeAlias = Callable[[jax.Array, jax.Array, Slot], jax.Array]  # (y, x, slot) -> y, tagged
 
 
 class Tag(NamedTuple):
     """What happens at one layer call: the slot is a pytree of arrays, the rule is not."""
 
     rule: Rule
-    slot: Any
+    slot: Slot
 
 
-# For each occurrence of a layer call its tag, or None where nothing is captured.
-Tags = Sequence[Tag | None]
+# One tag for each occurrence of a layer call, or None where nothing is captured.
+Tags: TypeAlias = Sequence[Tag | None]
 
 
 @jax.custom_vjp
@@ -51,36 +59,45 @@ def _tag_backward(a: jax.Array, u: jax.Array) -> tuple[jax.Array, None, Capture]
 _tag.defvjp(_tag_forward, _tag_backward)
 
 
-def capture(y: jax.Array, x: jax.Array, slot: Capture) -> jax.Array:
-    """The rule that hands out (a, u) as they are."""
-    # Of a vmapped layer the input may be shared; the slot is not.
+def capture_rule(y: jax.Array, x: jax.Array, slot: Capture) -> jax.Array:
+    """The rule that returns (a, u) as they are."""
+    # The members of a vmapped layer may share their input, but each has its own slot.
     a = jnp.broadcast_to(lax.stop_gradient(x.astype(slot.a.dtype)), slot.a.shape)
     return _tag(y, a, slot)
 
 
-def replay(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], tags: Tags) -> list[Any]:
+def replay(
+    jaxpr: core.Jaxpr, consts: Sequence[jax.Array], args: Sequence[jax.Array], tags: Tags
+) -> list[jax.Array]:
     """The outputs of a jaxpr, with the tags on its layer calls.
 
     Args:
         jaxpr: an open jaxpr with markers.
         consts: its constants.
         args: its arguments.
-        tags: one for each occurrence of a layer call that `_usage` does not report as hidden, in
-            the order of execution; slots inside scans with an axis for each of them in front.
+        tags: one for each occurrence of a layer call that `read_usage` does not report as hidden,
+            in the order of execution. Slots have one leading axis for each scan around the call.
     """
     return _walk(jaxpr, consts, args, _Progress(iter(tags), {}))
 
 
 class _Progress(NamedTuple):
-    waiting: Iterator[Tag | None]  # of the calls to come
+    """How far a replay has come."""
+
+    waiting: Iterator[Tag | None]  # tags of the calls to come
     opened: dict[int, tuple[jax.Array, Tag | None]]  # call being run -> its input, its tag
 
 
-def _walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], progress: _Progress) -> list[Any]:
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
+def _walk(
+    jaxpr: core.Jaxpr,
+    consts: Sequence[jax.Array],
+    args: Sequence[jax.Array],
+    progress: _Progress,
+) -> list[jax.Array]:
+    env: dict[Atom, jax.Array] = dict(zip(jaxpr.constvars, consts, strict=True))
     env.update(zip(jaxpr.invars, args, strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> jax.Array:
         return atom.val if isinstance(atom, core.Literal) else env[atom]
 
     for run in _runs(jaxpr):
@@ -89,8 +106,8 @@ def _walk(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], progress: _Pro
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _meet(found: Mark, value: jax.Array, progress: _Progress) -> jax.Array:
-    """What a marker does: begins a layer call, or ends it with the tag."""
+def _run_marker(found: Mark, value: jax.Array, progress: _Progress) -> jax.Array:
+    """Begins a layer call, or ends it with its tag."""
     if found.role == "begin":
         progress.opened[found.call] = value, next(progress.waiting)
     elif found.role == "end" and found.call in progress.opened:
@@ -99,19 +116,23 @@ def _meet(found: Mark, value: jax.Array, progress: _Progress) -> jax.Array:
     return value
 
 
+# (operands, progress) -> results.
+_Runner: TypeAlias = Callable[[list[jax.Array], _Progress], Sequence[jax.Array]]
+
+
 class _Run(NamedTuple):
-    """Equations that are run together: several without markers, or one with."""
+    """Equations that run together: several without markers, or one with markers."""
 
-    invars: Sequence[Any]
-    outvars: Sequence[Any]
-    call: Callable[[list[Any], _Progress], Sequence[Any]]
+    invars: Sequence[Atom]
+    outvars: Sequence[core.Var]
+    call: _Runner
 
 
-def _runs(jaxpr: Any) -> Iterator[_Run]:
-    """Divides the equations of a jaxpr; markers in something hidden stay where they are."""
+def _runs(jaxpr: core.Jaxpr) -> Iterator[_Run]:
+    """Divides the equations of a jaxpr. Markers inside hidden calls have no effect."""
     last_read = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
     last_read |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-    start = 0  # of the stretch without markers
+    start = 0  # first equation of the current stretch without markers
 
     def stretch(end: int) -> Iterator[_Run]:
         if start < end:
@@ -128,11 +149,11 @@ def _runs(jaxpr: Any) -> Iterator[_Run]:
     yield from stretch(len(jaxpr.eqns))
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def _variables(atoms: Sequence[Atom]) -> list[core.Var]:
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
-def _plain_run(jaxpr: Any, eqns: list[Any], outvars: list[Any]) -> _Run:
+def _plain_run(jaxpr: core.Jaxpr, eqns: list[core.JaxprEqn], outvars: list[core.Var]) -> _Run:
     """A stretch of equations as a jaxpr of its own."""
     own = {v for eqn in eqns for v in eqn.outvars}
     read = dict.fromkeys(v for eqn in eqns for v in _variables(eqn.invars))
@@ -142,52 +163,44 @@ def _plain_run(jaxpr: Any, eqns: list[Any], outvars: list[Any]) -> _Run:
     return _Run(invars, outvars, lambda operands, progress: function(*operands))
 
 
-def _call_of(eqn: Any, found: Mark | None, body: Body | None) -> Any:
+def _call_of(eqn: core.JaxprEqn, found: Mark | None, body: Body | None) -> _Runner:
     """Runs an equation that is a marker, or has markers inside."""
-
-    def meet(operands: list[Any], progress: _Progress) -> Sequence[Any]:
+    if body is None:
         assert found is not None
-        return [_meet(found, operands[0], progress)]
+        return lambda operands, progress: [_run_marker(found, operands[0], progress)]
 
-    def inside(operands: list[Any], progress: _Progress) -> Sequence[Any]:
-        assert body is not None
+    def call(operands: list[jax.Array], progress: _Progress) -> Sequence[jax.Array]:
         return _walk(body.jaxpr, body.consts, operands, progress)
 
-    def checkpoint(operands: list[Any], progress: _Progress) -> Sequence[Any]:
-        assert body is not None
+    def checkpoint(operands: list[jax.Array], progress: _Progress) -> Sequence[jax.Array]:
         options = {key: eqn.params[key] for key in ("policy", "prevent_cse")}
         slots, with_slots = _tags_inside(body, progress)
 
-        jaxpr, consts = body.jaxpr, body.consts
-
-        def function(operands: list[Any], slots: list[Any]) -> list[Any]:
-            return replay(jaxpr, consts, operands, with_slots(slots))
+        def function(operands: list[jax.Array], slots: list[Slot]) -> list[jax.Array]:
+            return replay(body.jaxpr, body.consts, operands, with_slots(slots))
 
         return jax.checkpoint(function, **options)(operands, slots)
 
-    def scan(operands: list[Any], progress: _Progress) -> Sequence[Any]:
-        assert body is not None
+    def scan(operands: list[jax.Array], progress: _Progress) -> Sequence[jax.Array]:
         return _scan(eqn, body, operands, *_tags_inside(body, progress))
 
-    if body is None:
-        return meet
-    return {"call": inside, "checkpoint": checkpoint, "scan": scan}[body.kind]
+    return {"call": call, "checkpoint": checkpoint, "scan": scan}[body.kind]
 
 
 def _tags_inside(
     body: Body, progress: _Progress
-) -> tuple[list[Any], Callable[[list[Any]], list[Tag | None]]]:
-    """The slots of the calls inside a body, and what makes tags of them again."""
+) -> tuple[list[Slot], Callable[[list[Slot]], list[Tag | None]]]:
+    """The slots of the calls inside a body, and a function from such slots back to tags."""
     tags = list(itertools.islice(progress.waiting, _count_calls(body.jaxpr)))
 
-    def with_slots(slots: list[Any]) -> list[Tag | None]:
+    def with_slots(slots: list[Slot]) -> list[Tag | None]:
         return [tag and tag._replace(slot=slot) for tag, slot in zip(tags, slots, strict=True)]
 
     return [tag and tag.slot for tag in tags], with_slots
 
 
-def _count_calls(jaxpr: Any) -> int:
-    """Layer calls that a replay of the jaxpr comes to."""
+def _count_calls(jaxpr: core.Jaxpr) -> int:
+    """The number of layer calls that a replay of the jaxpr reaches."""
     count = 0
     for eqn in jaxpr.eqns:
         found, body = mark_of(eqn), body_of(eqn)
@@ -197,19 +210,22 @@ def _count_calls(jaxpr: Any) -> int:
 
 
 def _scan(
-    eqn: Any,
+    eqn: core.JaxprEqn,
     body: Body,
-    operands: list[Any],
-    slots: list[Any],
-    with_slots: Callable[[list[Any]], list[Tag | None]],
-) -> Sequence[Any]:
+    operands: list[jax.Array],
+    slots: list[Slot],
+    with_slots: Callable[[list[Slot]], list[Tag | None]],
+) -> Sequence[jax.Array]:
+    """Runs a scan over its own arrays and over the slots of the calls inside."""
     layout = scan_layout(eqn, body)
     carried = layout.consts + layout.carry
     consts, carry, xs = (
         operands[: layout.consts], operands[layout.consts : carried], operands[carried:]
     )  # fmt: skip
 
-    def step(carry: list[Any], split: tuple[list[Any], Any]) -> tuple[list[Any], list[Any]]:
+    def step(
+        carry: list[jax.Array], split: tuple[list[jax.Array], list[Slot]]
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
         xs, slots = split
         outputs = replay(body.jaxpr, body.consts, [*consts, *carry, *xs], with_slots(slots))
         return outputs[: layout.carry], outputs[layout.carry :]

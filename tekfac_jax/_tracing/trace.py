@@ -1,12 +1,12 @@
 """The abstract trace: the program of a function, and which layers it calls.
 
-The layers tell a recorder, which leaves markers for `_usage` to read. No arithmetic is done and
-nothing is differentiated here.
+Each layer call is reported to a recorder, which places markers for `read_usage`. Nothing is
+computed or differentiated here.
 """
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,7 @@ from jax.extend import core
 
 from tekfac_jax._arguments import LARGEST_INTEGER, check_function
 from tekfac_jax._layers.paths import flattened, join_path, unboxed
+from tekfac_jax._layers.types import Key, Params, PyTree
 from tekfac_jax._tracing.linen import observer
 from tekfac_jax._tracing.parameter_usage import Usage, read_usage
 from tekfac_jax._tracing.recorder import Recorder, recording
@@ -23,20 +24,22 @@ from tekfac_jax._tracing.uncached import make_fresh_jaxpr
 
 
 class Trace(NamedTuple):
-    jaxpr: core.ClosedJaxpr  # of the leaves of argument 0 and `arrays`
-    arrays: list[Any]  # the arrays among the other arguments
-    record: Recorder  # of the layer calls that Python saw
-    usage: Usage
-    paths: list[tuple[Any, ...]]  # key path of each leaf of argument 0
-    output: Any  # what the function returned, arrays as their shapes
+    """A traced function, with its layer calls and the way it uses its parameters."""
 
-    def run(self, params: Any, tags: Tags) -> Any:
-        """The function's output for other values of its first argument, with tagged layers."""
+    jaxpr: core.ClosedJaxpr  # function of the leaves of argument 0, then `arrays`
+    arrays: list[jax.Array]  # the arrays among the other arguments
+    record: Recorder  # the layer calls that Python saw
+    usage: Usage
+    paths: list[tuple[Key, ...]]  # key path of each leaf of argument 0
+    output: PyTree  # what the function returned, with shapes in place of arrays
+
+    def run(self, params: Params, tags: Tags) -> PyTree:
+        """The function's output for other values of argument 0, with tagged layers."""
         leaves = jax.tree.leaves(params)
         if any(isinstance(x, jax.ShapeDtypeStruct) for x in (*leaves, *self.arrays)):
             raise ValueError(
-                "arguments must be arrays where something is computed, got jax.ShapeDtypeStruct: "
-                "shapes suffice for find_layers only, and inside of jax.eval_shape"
+                "arguments must be arrays, got jax.ShapeDtypeStruct: shapes suffice only for "
+                "find_layers, and inside jax.eval_shape"
             )
         outputs = replay(self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays], tags)
         remaining = iter(outputs)
@@ -44,57 +47,59 @@ class Trace(NamedTuple):
 
 
 def trace_layers(
-    fn: Callable[..., Any],
-    params: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    fn: Callable[..., PyTree],
+    params: Params,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
     *,
     norms: bool,
 ) -> Trace:
     """Traces ``fn(params, *args, **kwargs)`` without arithmetic and notes each layer call.
 
-    With `norms` normalisations are layers too.
+    With `norms`, normalisations count as layers.
     """
     check_function("the function", fn)
     _check_no_module(params)
     paths_and_leaves, treedef = flattened(params, "argument 0")
+    _check_parameters(paths_and_leaves)
+    leaves = [leaf for _, leaf in paths_and_leaves]
+
+    # Arrays among the other arguments are traced, everything else stays static.
+    others, others_treedef = jax.tree.flatten((args, kwargs))
+    arrays = [leaf for leaf in others if _is_traced(leaf)]
+    recorder = Recorder(norms)
+    output: list[PyTree] = []
+
+    def traced(leaves: list[jax.Array], arrays: list[jax.Array]) -> list[jax.Array]:
+        remaining = iter(arrays)
+        merged = [next(remaining) if _is_traced(leaf) else leaf for leaf in others]
+        args, kwargs = jax.tree.unflatten(others_treedef, merged)
+        with recording(recorder), nn.intercept_methods(observer(recorder)):
+            result = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
+        # An auxiliary output may hold anything; a trace returns only arrays.
+        output[:] = [jax.tree.map(_output_shape, result)]
+        return [o for o in jax.tree.leaves(result) if isinstance(o, jax.Array)]
+
+    jaxpr = make_fresh_jaxpr(traced, leaves, arrays)
+    usage = read_usage(jaxpr, len(leaves))
+    paths = [unboxed(path) for path, _ in paths_and_leaves]
+    return Trace(jaxpr, arrays, recorder, usage, paths, output[0])
+
+
+def _check_parameters(paths_and_leaves: list[tuple[tuple[Key, ...], object]]) -> None:
     for path, leaf in paths_and_leaves:
-        number = isinstance(leaf, float | complex) or (
+        is_number = isinstance(leaf, float | complex) or (
             isinstance(leaf, int) and abs(leaf) <= LARGEST_INTEGER
         )
-        if not number and not _is_traced(leaf):
+        if not is_number and not _is_traced(leaf):
             raise ValueError(
                 f"argument 0 has {type(leaf).__name__} at {join_path(path)!r}: parameters must be "
                 "arrays of numbers"
             )
-    paths = [unboxed(path) for path, _ in paths_and_leaves]
-    leaves = [leaf for _, leaf in paths_and_leaves]
-    others, others_treedef = jax.tree.flatten((args, kwargs))
-    is_array = [_is_traced(leaf) for leaf in others]
-    recorder = Recorder(norms)
-    output: list[Any] = []
-
-    def traced(leaves: list[Any], arrays: list[Any]) -> Any:
-        remaining = iter(arrays)
-        merged = [
-            next(remaining) if is_arr else leaf
-            for leaf, is_arr in zip(others, is_array, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(others_treedef, merged)
-        with recording(recorder), nn.intercept_methods(observer(recorder)):
-            result = fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
-        # An auxiliary output may hold anything; a trace returns arrays only.
-        output[:] = [jax.tree.map(_output_shape, result)]
-        return [o for o in jax.tree.leaves(result) if isinstance(o, jax.Array)]
-
-    arrays = [leaf for leaf, is_arr in zip(others, is_array, strict=True) if is_arr]
-    jaxpr = make_fresh_jaxpr(traced, leaves, arrays)
-    usage = read_usage(jaxpr, len(leaves))
-    return Trace(jaxpr, arrays, recorder, usage, paths, output[0])
 
 
-def _check_no_module(params: Any) -> None:
-    nnx = sys.modules.get("flax.nnx")  # nobody has a module of nnx without it
+def _check_no_module(params: Params) -> None:
+    nnx = sys.modules.get("flax.nnx")  # without it there can be no nnx module
     if nnx is not None and isinstance(params, nnx.Module):
         raise ValueError(
             "argument 0 is a module of flax.nnx: use find_layers, value_grad_and_stats, "
@@ -102,16 +107,16 @@ def _check_no_module(params: Any) -> None:
         )
 
 
-def _is_traced(leaf: Any) -> bool:
-    """Arrays are traced; Python's and numpy's scalars, like every other object, stay static."""
+def _is_traced(leaf: object) -> TypeGuard[jax.Array]:
+    """Whether a leaf is an array. Scalars of Python and NumPy stay static, like other objects."""
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype") or isinstance(leaf, np.generic):
         return False
-    return not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSUMm"  # no numbers
+    return not isinstance(leaf, np.ndarray) or leaf.dtype.kind not in "OSUMm"  # not numbers
 
 
 class _Output(jax.ShapeDtypeStruct):
-    """Stands for an array that the function returns."""
+    """The shape of an array that the function returns."""
 
 
-def _output_shape(leaf: Any) -> Any:
+def _output_shape(leaf: object) -> object:
     return _Output(leaf.shape, leaf.dtype) if isinstance(leaf, jax.Array) else leaf
