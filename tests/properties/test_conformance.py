@@ -544,7 +544,7 @@ def test_check_state_is_a_sentence():
     assert tekfac.check_state(state, fewer) == (
         "The state lacks layers [] and has ['first'], which the network does not have."
     )
-    assert "no layers ['first']" in tekfac.check_state(
+    assert "lacks layers ['first']" in tekfac.check_state(
         tekfac.scale_by_tekfac(fewer).init(params), layers
     )
     wide = jnp.ones((6, 5), jnp.float32)
