@@ -8,12 +8,16 @@ F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ: one algorithm for the family 
 | Θ measured in their basis  | EKFAC              | TEKFAC                        |
 """
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import functools
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # pyright: ignore[reportMissingTypeStubs]
 from jax import lax
 
 from tekfac_jax._devices.collectives import Devices, devices_of
@@ -34,6 +38,7 @@ from tekfac_jax._optimizer.refresh import (
     contexts_of,
     form_gradients_once,
     groups_of,
+    unchanged,
     update_eigenbases,
     update_factors,
     update_rescaling,
@@ -148,7 +153,7 @@ def _refresh(
         refresh = functools.partial(
             _refresh_group, group, sources=sources, theta=theta_from(member, options, stats)
         )
-        new |= lax.cond(any_due(group, own), refresh, lambda own: own, own)
+        new |= cast(Held, lax.cond(any_due(group, own), refresh, unchanged, own))
     return new
 
 

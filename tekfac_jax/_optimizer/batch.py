@@ -1,8 +1,11 @@
 """What comes into an update besides the gradient: the statistics, checked, and their batch."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +89,9 @@ def read_batch(
 
 
 def _over_devices(examples: jax.Array, options: Options) -> jax.Array:
-    return examples if options.axis_name is None else lax.psum(examples, options.axis_name)
+    if options.axis_name is None:
+        return examples
+    return cast(jax.Array, lax.psum(examples, options.axis_name))
 
 
 def sampled(

@@ -1,7 +1,10 @@
 """Raises for statistics that do not belong to a transformation: each error names the remedy."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from tekfac_jax._layers.statistics import (
     Statistics,
     StatisticsOfBatch,
 )
-from tekfac_jax._layers.types import AxisName
+from tekfac_jax._layers.types import AxisName, DType
 from tekfac_jax._optimizer.family import kind_of_factors, theta_from
 from tekfac_jax._optimizer.options import Options
 from tekfac_jax._state.family import Member
@@ -107,34 +110,44 @@ def _check_layers(stats: object, layers: Layers) -> None:
             "stats must have scalar arrays of real numbers besides those of the layers, got "
             f"{scalars}; take them as they come from value_grad_and_stats or fisher_stats"
         )
-    named = set(stats.layers) if isinstance(stats.layers, Mapping) else set()
+    found: Any = stats.layers  # users build statistics by hand
+    named: set[str] = set(cast(Any, found)) if isinstance(found, Mapping) else set()
     if named != set(layers):
         raise ValueError(
             f"stats are of other layers than this transformation's: missing "
             f"{sorted(set(layers) - named)}, unknown "
             f"{sorted(named - set(layers), key=str)}. Use one `layers` for both."
         )
-    for path, found in stats.layers.items():
-        kind = Capture if isinstance(stats, Statistics) else Reduced
-        parts: Any = found if isinstance(stats, Statistics) else (found,)
-        whole = isinstance(parts, tuple) and parts and all(isinstance(x, kind) for x in parts)
-        needed = [field for x in parts for field in x[:2]] if whole else []
-        if not needed or not all(map(_is_array, (*needed, *jax.tree.leaves(parts)))):
+    kind = Capture if isinstance(stats, Statistics) else Reduced
+    for path, own in cast(dict[str, Any], found).items():
+        parts = own if isinstance(stats, Statistics) else (own,)
+        if not _are_whole(parts, kind):
             raise ValueError(
                 f"stats of layer {path!r} must be {kind.__name__} of floating-point arrays, as "
-                f"value_grad_and_stats and fisher_stats return them, got {found!r}"
+                f"value_grad_and_stats and fisher_stats return them, got {own!r}"
             )
 
 
+def _are_whole(parts: Any, kind: type[Capture] | type[Reduced]) -> bool:
+    """Whether they are of that kind, one or more, and hold arrays; Θ may be None."""
+    if not (isinstance(parts, tuple) and parts):
+        return False
+    every = cast(tuple[Any, ...], parts)
+    if not all(isinstance(part, kind) for part in every):
+        return False
+    needed = [field for part in every for field in part[:2]]
+    return all(map(_is_array, (*needed, *jax.tree.leaves(every))))
+
+
 def _is_array(x: object) -> TypeGuard[jax.Array]:
-    return isinstance(x, jax.Array | np.ndarray | np.generic) and jnp.issubdtype(
-        x.dtype, jnp.floating
-    )
+    if not isinstance(x, jax.Array | np.ndarray | np.generic):
+        return False
+    return jnp.issubdtype(cast(DType, x.dtype), jnp.floating)
 
 
 def number_captured(stats: Statistics, layers: Layers) -> int:
     """Raises if captures do not fit their layers; returns how many examples were captured."""
-    sizes = set()
+    sizes: set[tuple[str, int]] = set()
     for path, spec in layers.items():
         for capture in stats.layers[path]:
             _check_capture(path, spec, capture)

@@ -1,14 +1,17 @@
 """A bound on how far one step may move the model's predictive distribution."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import math
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from tekfac_jax._arguments import check_number, check_transformation
 from tekfac_jax._layers.paths import layer_path
-from tekfac_jax._layers.types import OptState, Params
+from tekfac_jax._layers.types import KeyPath, OptState, Params
 from tekfac_jax._optimizer.options import Number
 from tekfac_jax._state.layout import ClipByKlState, ScaleByTekfacState, is_valid
 from tekfac_jax._state.recognise import search
@@ -63,9 +66,11 @@ def clip_by_kl(
         total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
         eta, kappa = (jnp.asarray(x).astype(total.dtype) for x in (eta, max_kl))
         factor = kl_factor(total, eta, kappa).astype(state.factor.dtype)
-        clipped = jax.tree.map(
-            lambda use, d: jnp.where(use, d * factor.astype(d.dtype), d), counted, directions
-        )
+
+        def clip(use: jax.Array, direction: jax.Array) -> jax.Array:
+            return jnp.where(use, direction * factor.astype(direction.dtype), direction)
+
+        clipped = jax.tree.map(clip, counted, directions)
         count = jnp.asarray(optax.safe_increment(state.count))
         return clipped, ClipByKlState(count, factor, inner_state)
 
@@ -90,15 +95,15 @@ def _counted(directions: Params, inner_state: OptState) -> Params:
     In part: a feature of a normalisation that is dead has no curvature, all others have.
     """
     states = search(inner_state, ScaleByTekfacState)
-    if not states:
-        return jax.tree.map(lambda d: jnp.array(True), directions)
     valid = {
         path: jnp.any(is_valid(layer)) for state in states for path, layer in state.layers.items()
     }
-    nothing = jnp.array(False)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, d: valid.get(layer_path(path) or "", nothing), directions
-    )
+
+    def is_counted(path: KeyPath, direction: jax.Array) -> jax.Array:
+        del direction
+        return valid.get(layer_path(path) or "", jnp.array(not states))
+
+    return jax.tree_util.tree_map_with_path(is_counted, directions)
 
 
 def kl_factor(

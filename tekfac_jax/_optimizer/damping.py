@@ -1,5 +1,8 @@
 """How much damping λ each layer gets, and what is added where the factors are damped instead."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import math
 from collections.abc import Mapping
 

@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ def _check_count(name: str, value: object, meaning: str, none: str) -> None:
 
 
 def _check_axis_name(value: object) -> None:
-    names = axis_names(value)
+    names = cast(tuple[object, ...], axis_names(value))
     if value is not None and not (names and all(isinstance(name, str) for name in names)):
         raise ValueError(
             "axis_name must be the name of a pmap or shard_map axis, a tuple of such names, or "
@@ -228,10 +228,10 @@ def _check_interval(name: str, value: object) -> None:
 def _factor_dtype(dtype: DType) -> DType:
     if dtype is None:
         return None
-    known = None
-    if isinstance(dtype, str | type | np.dtype):  # arrays and what else has a dtype are none
+    known: DType = None
+    if isinstance(dtype, str | type | np.dtype):  # an array has a dtype, and is none
         with contextlib.suppress(TypeError):
-            known = jnp.dtype(dtype)
+            known = cast(DType, jnp.dtype(dtype))
     if known is None or known not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise ValueError(
             f"factor_dtype must be float32 or float64, got {dtype!r}: in half precision "

@@ -1,5 +1,8 @@
 """The step: gradients preconditioned by the damped curvature, layer by layer."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 from collections.abc import Mapping
 
 import jax

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
+import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from tekfac_jax._arguments import check_number, check_transformation
 from tekfac_jax._layers.matrices import captured_mask, to_matrices
-from tekfac_jax._layers.spec import Layers
+from tekfac_jax._layers.spec import Layers, check_layers
 from tekfac_jax._layers.types import Params
 from tekfac_jax._optimizer.clip_by_kl import check_learning_rate, clip_by_kl
 from tekfac_jax._optimizer.damping import follows_trace
@@ -138,6 +138,7 @@ def _ready(
     if isinstance(learning_rate, Layers):
         raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
     check_learning_rate(learning_rate)
+    check_layers(layers)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
@@ -145,8 +146,7 @@ def _ready(
     # Captured parameters: precondition, clip, momentum, decay, learning rate.
     if damping_scale is None:
         rule = options.get("damping", "auto")
-        by_trace = isinstance(layers, Layers) and follows_trace(layers, rule)
-        damping_scale = _SCALE_OF_TRACE if by_trace else 1.0
+        damping_scale = _SCALE_OF_TRACE if follows_trace(layers, rule) else 1.0
     direction = scale_by(layers, damping_scale=damping_scale, **options)
     if kl_clip is not None:
         check_number("kl_clip", kl_clip, 0, math.inf, "None turns the clip off", open_low=True)
@@ -165,9 +165,11 @@ def _ready(
         fallback = optax.adam(learning_rate)
     check_transformation("fallback", fallback)
 
+    def label(is_captured: bool) -> str:
+        return "captured" if is_captured else "fallback"
+
     def labels(params: Params) -> Params:
-        mask = captured_mask(params, layers)
-        return jax.tree.map(lambda is_captured: "captured" if is_captured else "fallback", mask)
+        return jax.tree.map(label, captured_mask(params, layers))
 
     parts = optax.partition({"captured": captured, "fallback": fallback}, labels)
 

@@ -1,8 +1,11 @@
 """The three refreshes of curvature: factors, eigenbasis, Θ, each for a group of layers."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +51,24 @@ class LayerContext(NamedTuple):
         """`function(layer)` if due, else the layer; of stacked layers only those that are due."""
 
         def run(layer: LayerState) -> LayerState:
-            new = function(layer)
-            return jax.tree.map(lambda x, y: jnp.where(expand_lead(due, x), x, y), new, layer)
+            return chosen(due, function(layer), layer)
 
-        return lax.cond(
-            jnp.any(due), run if self.spec.lead else function, lambda layer: layer, layer
-        )
+        branch = run if self.spec.lead else function
+        return cast(LayerState, lax.cond(jnp.any(due), branch, unchanged, layer))
+
+
+def unchanged(held: T) -> T:
+    """The branch of a refresh that is not due."""
+    return held
+
+
+def chosen(which: jax.Array, new: T, old: T) -> T:
+    """Each array of `new` where `which` (*lead) is true, of `old` elsewhere."""
+
+    def choose(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.where(expand_lead(which, x), x, y)
+
+    return jax.tree.map(choose, new, old)
 
 
 Group = Mapping[str, LayerContext]  # layers that are refreshed together, by path
@@ -180,12 +195,12 @@ def update_eigenbases(group: Group, held: Held) -> dict[str, LayerState]:
 
     any_due = jnp.any(jnp.stack([jnp.any(own) for own in due.values()]))
     with jax.named_scope("tekfac eigenbasis"):
-        return lax.cond(any_due, run, lambda held: held, dict(held))
+        return cast(dict[str, LayerState], lax.cond(any_due, run, unchanged, dict(held)))
 
 
 def _decompose(group: Group, held: Held, due: Mapping[str, jax.Array]) -> dict[str, Basis]:
     """New eigenvectors of all factors; where devices share the work, zeros for the others' part."""
-    jobs = {}
+    jobs: dict[tuple[str, str], tuple[jax.Array | None, ...]] = {}
     for path, own in group.items():
         layer = held[path]
         for side in ("phi", "psi"):
@@ -216,11 +231,7 @@ def _adopt(layer: LayerState, basis: Basis) -> LayerState:
     moved = transport(layer.theta, layer.rest, old, basis)
     # Each number of Θ meets every column of Q: what is not finite in Q shows in Θ.
     ok = jnp.isfinite(jnp.sum(moved[0], axis=(-2, -1)))
-    (q_phi, q_psi), (theta, rest) = jax.tree.map(
-        lambda x, y: jnp.where(expand_lead(ok, x), x, y),
-        (basis, moved),
-        (old, (layer.theta, layer.rest)),
-    )
+    (q_phi, q_psi), (theta, rest) = chosen(ok, (basis, moved), (old, (layer.theta, layer.rest)))
     return layer._replace(
         q_phi=q_phi,
         q_psi=q_psi,
@@ -280,7 +291,10 @@ def _eigenvalue_product(own: LayerContext, layer: LayerState) -> LayerState:
 
 
 def _mean(total: T, examples: jax.Array) -> T:
-    return jax.tree.map(lambda x: x / examples.astype(x.dtype), total)
+    def mean(x: jax.Array) -> jax.Array:
+        return x / examples.astype(x.dtype)
+
+    return jax.tree.map(mean, total)
 
 
 def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:

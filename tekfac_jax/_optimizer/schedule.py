@@ -1,5 +1,8 @@
 """When each layer's curvature is refreshed: all layers at once, or spread over the interval."""
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -112,14 +115,15 @@ def offsets(
         )
     load = np.zeros(cycle)
     costs = {path: _costs(spec) for path, spec in layers.items()}
-    found = {}
+    found: dict[str, int] = {}
     for path in sorted(costs, key=lambda path: -sum(costs[path])):
-        options = []
+        options: list[tuple[float, int, np.ndarray]] = []
         for offset in range(max(intervals)):
             own = np.zeros(cycle)
             for cost, interval in zip(costs[path], intervals, strict=True):
                 own[offset % interval :: interval] += cost
-            options.append((np.max(np.where(own > 0, load + own, 0)), offset, own))
+            busiest = float(np.max(np.where(own > 0, load + own, 0)))
+            options.append((busiest, offset, own))
         _, offset, own = min(options, key=lambda option: option[:2])
         load += own
         found[path] = offset

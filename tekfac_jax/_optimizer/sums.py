@@ -5,8 +5,11 @@ gradients G_n formed once for both, from sums that the backward pass contracted,
 mini-batch gradient alone.
 """
 
+# pyright: reportUnknownMemberType=false
+# JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
+
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +81,7 @@ class FromCaptures(NamedTuple):
 
         nothing = jax.eval_shape(form)
         with jax.named_scope("tekfac gradients"):
-            g = lax.cond(needed, form, lambda: zeros_like(nothing))
+            g = cast(jax.Array, lax.cond(needed, form, lambda: zeros_like(nothing)))
         return FromGradients(g, self.examples)
 
     def _total(self, contract: Contraction[T], spec: LayerSpec, layer: LayerState) -> T:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import optax
+import optax  # pyright: ignore[reportMissingTypeStubs]
 
 from tekfac_jax._curvature.decomposition import Method
 from tekfac_jax._layers.spec import Layers

@@ -57,5 +57,5 @@ def test_an_embedding_has_one_side_only():
 
 @pytest.mark.parametrize("devices", [0, -1, 1.5, True, "two"])
 def test_number_of_devices_out_of_range(devices):
-    with pytest.raises(ValueError, match=r"devices must be a whole number, 1 or more, got"):
+    with pytest.raises(ValueError, match=r"devices must be an integer, 1 or more, got"):
         tekfac.device_plan(layers_of((3, 3)), devices)

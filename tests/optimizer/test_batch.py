@@ -121,7 +121,7 @@ def test_plain_factors_and_examples_that_do_not_count(sibling):
     updates, state = tx.update(grads, tx.init(network.params), stats=stats)
     assert all(layer.failures > 0 for layer in state.layers.values())
     assert_same(updates, grads, 0)
-    with pytest.raises(ValueError, match=r'examples= does not go with factors="plain"'):
+    with pytest.raises(ValueError, match=r'examples= cannot be combined with factors="plain"'):
         tekfac.value_grad_and_stats(
             network.loss, network.layers, examples=5, mode="reduced", factors="plain"
         )
@@ -131,7 +131,7 @@ def test_plain_factors_and_examples_that_do_not_count(sibling):
 def test_more_examples_than_there_are(mode):
     network = Network(mode)
     fn = functools.partial(tekfac.value_grad_and_stats, network.loss, network.layers, mode=mode)
-    with pytest.raises(ValueError, match="examples=40 of a batch of 16"):
+    with pytest.raises(ValueError, match="examples=40 exceeds the batch of 16"):
         fn(examples=40)(network.params, network.x)
     tx = tekfac.scale_by_tkfac(network.layers)
 

@@ -290,7 +290,7 @@ def test_after_too_many_failures_a_layer_scales_its_gradient():
         assert_usable({path: grads[path]}, updates)
         assert not bool(state.layers[path].fallen_back)
     sentence = tekfac.check_state(state, problem.layers)
-    assert "'hidden' only scales its gradient: 2 refreshes failed" in sentence
+    assert "'hidden' only scales its gradient: 2 refreshes in a row failed" in sentence
     # A restored state may hold numpy arrays; under `jit` its values are not known.
     assert tekfac.check_state(jax.device_get(state), problem.layers) == sentence
     jax.jit(lambda s: tekfac.check_state(s, problem.layers) or s)(state)

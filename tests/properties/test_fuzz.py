@@ -167,7 +167,7 @@ def test_staggering_that_cannot_be_laid_out(intervals):
 def test_axis_that_is_not_there(given):
     _, params, _, layers = simple_case()
     tx = tekfac.scale_by_tekfac(layers, axis_name="data")
-    with pytest.raises(ValueError, match=r"axis_name='data' is no axis.*pmap or shard_map"):
+    with pytest.raises(ValueError, match=r"does not run under .*axis_name='data': .*pmap"):
         tx.update(params, tx.init(params), **given)
 
 

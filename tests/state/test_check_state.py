@@ -18,16 +18,16 @@ def test_check_state_is_a_sentence():
     assert tekfac.check_state(state, layers) == ""
     fewer = tekfac.find_layers(case().loss, params, x, skip="first")
     assert tekfac.check_state(state, fewer) == (
-        "The state has no layers [] and has ['first'], which the network has not."
+        "The state lacks layers [] and has ['first'], which the network does not have."
     )
-    assert "no layers ['first']" in tekfac.check_state(
+    assert "lacks layers ['first']" in tekfac.check_state(
         tekfac.scale_by_tekfac(fewer).init(params), layers
     )
     wide = jnp.ones((6, 5), jnp.float32)
     other = case().model.init(jax.random.key(0), wide)["params"]
     sentence = tekfac.check_state(state, tekfac.find_layers(case().loss, other, wide))
     assert sentence == (
-        "Layer 'first' has in and out dimension (4, 4) in the state and (6, 4) in the network."
+        "Layer 'first' has dimensions (in, out) = (4, 4) in the state and (6, 4) in the network."
     )
     functions = (
         tekfac.curvature, tekfac.stats_due, tekfac.memory_usage, tekfac.diagnostics,
@@ -47,7 +47,7 @@ def test_steps_without_statistics():
     for _ in range(2):
         _, state = tx.update(grads, state, params)
     assert tekfac.check_state(state, layers).startswith(
-        "No statistics that count have come so far (step 2)"
+        "No usable statistics have arrived so far (step 2)"
     )
     jax.jit(lambda state: tekfac.check_state(state, layers) or state)(state)
     _, state = tx.update(grads, state, params, stats=stats)
