@@ -1,5 +1,5 @@
 """Flax in, statistics out.
 
-Imports `_tracing`, `_curvature`, `_layers`, `_arguments`, and `_state.check_state`, which reads the
-eigenbases that an optimizer state holds.
+May import `_tracing`, `_curvature`, `_layers`, `_arguments`, and of `_state` only `check_state`,
+which reads the eigenbases from an optimizer's state.
 """

@@ -1,4 +1,4 @@
 """The mathematics of one layer, as pure functions.
 
-Imports `_layers`.
+May import `_layers`.
 """

@@ -1,4 +1,4 @@
-"""Which device works on what, and how the parts come together.
+"""Which device works on what, and how the results are combined.
 
-Imports `_state`, `_curvature` and `_layers`.
+May import `_state`, `_curvature` and `_layers`.
 """

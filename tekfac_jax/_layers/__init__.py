@@ -1,13 +1,13 @@
 """What a layer is, and the data that capture hands to the optimizer.
 
-Imports no other folder.
+May import no other folder.
 """
 
 import importlib
 
 
 def __getattr__(name: str) -> object:
-    """Types that pickles made before this folder existed look up in a module of its name."""
+    """Finds types for old pickles, which name the module that this folder has replaced."""
     moved = {
         "Layers": "spec.Layers",
         "LayerSpec": "spec.LayerSpec",

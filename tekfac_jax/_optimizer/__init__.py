@@ -1,4 +1,5 @@
 """Algorithm 1, the family of four, and the ready optimizers.
 
-Imports every folder but `_capture` and `_tracing`: both sides meet in `_layers/statistics.py` only.
+May import every folder except `_capture` and `_tracing`. Capture and optimizer meet only in the
+data types of `_layers/statistics.py`.
 """

@@ -1,11 +1,14 @@
-"""Algorithm 1 of the paper (Gao et al., arXiv:2011.13609), in its order.
+"""Algorithm 1 of the paper (Gao et al., arXiv:2011.13609), in the paper's order.
 
-F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ: one algorithm for the family of four, with two switches.
+`_refresh_group` holds its three refreshes (factors, eigenbasis, Θ). `update`, inside `algorithm`,
+takes the step: it solves with F_l ≈ (Q_Φ⊗Q_Ψ) (Θ + λI) (Q_Φ⊗Q_Ψ)ᵀ (Eq. 3.4).
 
-|                            | plain factors A, U | trace-restricted factors Φ, Ψ |
-|----------------------------|--------------------|-------------------------------|
-| eigenvalues of the factors | KFAC               | TKFAC                         |
-| Θ measured in their basis  | EKFAC              | TEKFAC                        |
+Two switches cover the family of four:
+
+|                                | plain factors A, U | trace-restricted factors Φ, Ψ |
+|--------------------------------|--------------------|-------------------------------|
+| eigenvalues of the factors     | KFAC               | TKFAC                         |
+| Θ measured in their eigenbasis | EKFAC              | TEKFAC                        |
 """
 
 # pyright: reportUnknownMemberType=false
@@ -56,12 +59,12 @@ from tekfac_jax._state.layout import LayerState, ScaleByTekfacState
 def algorithm(
     layers: Layers, member: Member, options: Options
 ) -> optax.GradientTransformationExtraArgs:
-    """The transformation of one member of the family."""
+    """The optax transformation for one member of the family."""
     offsets = layer_offsets(layers, options)
     kind = state_kind(member, options)
 
     def init(params: Params) -> ScaleByTekfacState:
-        del params  # the structure comes from `layers`: optax calls init with placeholders
+        del params  # optax may pass placeholders, so the structure comes from `layers`
         return initial_state(
             layers,
             options.factor_dtype,
@@ -85,37 +88,37 @@ def algorithm(
         **extra_args: object,
     ) -> tuple[Params, ScaleByTekfacState]:
         del params, extra_args
-        # What comes in belongs to these layers.
+        # Check the inputs first: here an error can still name the layer.
         check_state_fits(state, expected_state())
         gradients = to_matrices(updates, layers)
         batch = read_batch(stats, batch_size, layers, member, options, state.layers)
 
-        # The curvature: Φ and Ψ, Q_Φ and Q_Ψ, and Θ, each where it is due.
+        # Refresh the curvature where it is due: Φ and Ψ, then Q_Φ and Q_Ψ, then Θ.
         refresh = functools.partial(_refresh, layers, member, options, offsets)
-        if (
-            options.mesh is not None and options.mesh_axis is not None
-        ):  # there is none without the other
+        # `validate` sets both or neither; the type checker does not know that.
+        if options.mesh is not None and options.mesh_axis is not None:
             refresh = over_mesh(
                 refresh, layers, due=state.due, mesh=options.mesh, mesh_axis=options.mesh_axis,
                 shard_state=options.shard_state,
             )  # fmt: skip
         kept = refresh(state.count, state.layers, stats, batch.summed)
         held = {path: unfolded(layer) for path, layer in kept.items()}
+        # With rescaling="running", Θ comes from the gradient itself and needs no statistics.
         if theta_from(member, options, stats) == "mini-batch":
             contexts = contexts_of(layers, member, options, offsets, state.count, Devices())
             sources = {path: FromMiniBatch(g, batch) for path, g in gradients.items()}
             held |= update_rescaling({path: contexts[path] for path in gradients}, held, sources)
 
-        # The step: in the eigenbasis the damped curvature is diagonal.
+        # Take the step: the damped curvature is diagonal in the eigenbasis, so it is a division.
         spectra = {path: spectrum_of(layer) for path, layer in held.items()}
         damping = layer_dampings(layers, spectra, options)  # λ                     Eq. 3.4, 3.5
         held = {
             path: layer._replace(damping=damping[path], fallen_back=has_fallen_back(layer, options))
             for path, layer in held.items()
         }
-        directions = precondition(gradients, held, spectra, member, options)  # Eq. 3.9
+        directions = precondition(gradients, held, spectra, member, options)  # Eq. 3.9, less −η
 
-        # What is remembered; the matrices as they are kept, folded or not.
+        # Store the new state, with matrices folded again where they were (shard_state=True).
         new = {path: keep_folded(layer, kept[path]) for path, layer in held.items()}
         count = jnp.asarray(optax.safe_increment(state.count))
         due = next_due(count, new, options, offsets)
@@ -124,7 +127,7 @@ def algorithm(
             ScaleByTekfacState(count, due, new, state.meaning),
         )
 
-    # optax's type of a state knows no None, which an embedding has for Q_Φ.
+    # optax's type for a state has no None, but an embedding's Q_Φ is None.
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
@@ -138,16 +141,20 @@ def _refresh(
     stats: StatisticsOfBatch | None,
     examples: jax.Array,
 ) -> dict[str, LayerState]:
-    """The curvature of all layers, refreshed group by group from the statistics of this device."""
+    """Refreshes the curvature of all layers, group by group, from this device's statistics."""
     new = dict(held)
-    if stats is None:
+    if stats is None:  # nothing to refresh from: the curvature stays as it is
         return new
+
+    # Sum over devices only what is still split between them. Over a mesh, reduced statistics are
+    # already sums over the whole batch.
     axis_name = options.axis_name if options.mesh is None else options.mesh_axis
-    # Over a mesh reduced statistics are sums over the whole batch already.
     is_split = options.mesh is None or isinstance(stats, Statistics)
     devices = devices_of(layers, axis_name, split=is_split)
     contexts = contexts_of(layers, member, options, offsets, step, devices)
     sources = sources_of(stats, layers, options, examples)
+
+    # A group with nothing due costs nothing.
     for group in groups_of(contexts):
         own = {path: held[path] for path in group}
         refresh = functools.partial(
@@ -160,12 +167,12 @@ def _refresh(
 def _refresh_group(
     group: Group, held: Held, *, sources: Mapping[str, Source], theta: ThetaFrom
 ) -> Held:
-    """Algorithm 1 up to the step, for layers that are refreshed together."""
+    """The refreshes of Algorithm 1, for layers that are refreshed together."""
     sources = form_gradients_once(group, held, sources)
-    if theta == "old basis":
+    if theta == "old basis":  # reduced statistics hold Θ in the basis from before this step
         held = update_rescaling(group, held, sources)
-    held = update_factors(group, held, sources)  # every T_FIM: Φ, Ψ              Eq. 2.10, 3.7, 3.8
-    held = update_eigenbases(group, held)  # every T_EIG: Q_Φ, Q_Ψ; Θ moves along           Eq. 3.1
+    held = update_factors(group, held, sources)  # every T_FIM: δ, Φ, Ψ           Eq. 2.10, 3.7, 3.8
+    held = update_eigenbases(group, held)  # every T_EIG: Q_Φ, Q_Ψ; Θ is transported        Eq. 3.1
     if theta == "new basis":
         held = update_rescaling(group, held, sources)  # every T_RE: Θ               Eq. 3.2, 3.6
     return held

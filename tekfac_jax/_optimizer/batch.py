@@ -1,4 +1,4 @@
-"""What comes into an update besides the gradient: the statistics, checked, and their batch."""
+"""Reads what `update` gets besides the gradient: checks the statistics and sizes their batch."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -26,11 +26,11 @@ from tekfac_jax._state.layout import LayerState
 
 
 class Batch(NamedTuple):
-    """How many examples there are, and how the gradient is scaled."""
+    """How many examples the batch has, and how the gradient is scaled."""
 
-    examples: jax.Array  # that the gradient is of, over all devices
-    to_mean: jax.Array  # what the gradient is multiplied by to be the mean over the examples
-    summed: jax.Array  # examples that the statistics are of, over all devices
+    examples: jax.Array  # number behind the gradient, over all devices
+    to_mean: jax.Array  # factor that makes the gradient the mean over examples
+    summed: jax.Array  # number of examples behind the statistics, over all devices
 
 
 def read_batch(
@@ -41,45 +41,51 @@ def read_batch(
     options: Options,
     states: Mapping[str, LayerState],
 ) -> Batch:
-    """The batch that the statistics are of, or, without statistics, the one `batch_size` gives.
+    """The batch behind the statistics; without statistics, the one that `batch_size` gives.
 
-    With plain factors every capture must count: their A does not see the loss, and so neither which
-    examples are multiplied by zero nor that one stands for several columns of a Fisher root.
+    With plain factors every captured example must count once. A is computed from inputs alone, so
+    it cannot see that the loss masks an example out, or that an example is captured several times,
+    once for each column of a Fisher root.
 
     Raises:
-        ValueError: Θ needs a batch size and neither argument gives one; the statistics are of
-            other layers or of another kind than this transformation needs; this does not run under
-            `axis_name`.
+        ValueError: Θ needs a batch size and neither argument gives one; the statistics belong to
+            other layers, or are of a kind that this transformation cannot use; `update` does not
+            run under `axis_name`.
     """
+    # Check what does not depend on the kind of statistics.
     check_bound(options.axis_name)
     if batch_size is not None:
-        check_number("batch_size", batch_size, 0, math.inf, "examples in the batch", open_low=True)
+        check_number("batch_size", batch_size, 0, math.inf, "the number of examples", open_low=True)
     needs_size = theta_from(member, options, stats) == "mini-batch" and batch_size is None
 
+    # Without statistics, only a running Θ needs to know the size.
     if stats is None:
         if needs_size:
             raise ValueError(
-                'rescaling="running" needs the number of examples in the batch: pass stats=, or '
+                'rescaling="running" needs the number of examples in the batch: pass stats= or '
                 "batch_size= to update"
             )
         size = jnp.asarray(1 if batch_size is None else batch_size)
         return Batch(size, jnp.asarray(1.0), size)
 
+    # Reduced statistics may come from a part of the batch, so they do not tell the gradient's size.
     check_statistics(stats, layers, member, options, states)
     if isinstance(stats, ReducedStatistics):
         if needs_size:
             raise ValueError(
-                'rescaling="running" with reduced statistics needs the size of the batch that the '
-                "gradient is of: pass batch_size= to update"
+                'rescaling="running" with reduced statistics needs the size of the gradient\'s '
+                "batch: pass batch_size= to update"
             )
         total = _over_devices(stats.examples, options)
         size = total if batch_size is None else jnp.asarray(batch_size)
         return Batch(size, jnp.asarray(1.0), total)
 
+    # Raw statistics come with the gradient, from the same examples.
     captured = number_captured(stats, layers)
     local = jnp.asarray(captured if stats.examples is None else stats.examples)
     local = local.astype(stats.scale.dtype)
-    # NaN: the update must fail and be counted where captures were added up or do not all count.
+    # Captures that were added up, or do not all count, are unusable. NaN makes the refresh fail,
+    # and the failure is counted.
     unusable = local != captured if member.plain else local > captured
     if stats.parts is not None:
         unusable |= stats.parts != 1
@@ -97,9 +103,9 @@ def _over_devices(examples: jax.Array, options: Options) -> jax.Array:
 def sampled(
     captures: tuple[Capture, ...], spec: LayerSpec, number: int | None
 ) -> tuple[tuple[Capture, ...], float]:
-    """So many of the captured examples, evenly spread, and which share of all they are.
+    """`number` of the captured examples, evenly spaced, and their share of all examples.
 
-    Evenly, so that of a batch that is filled up at its end the same share counts.
+    If filler examples are at the end of the batch, even spacing leaves their share unchanged.
     """
     axis = len(spec.stack)
     captured = captures[0].u.shape[axis]

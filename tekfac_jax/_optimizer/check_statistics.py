@@ -1,4 +1,4 @@
-"""Raises for statistics that do not belong to a transformation: each error names the remedy."""
+"""Checks that statistics belong to a transformation; each error names the remedy."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -28,15 +28,15 @@ from tekfac_jax._state.layout import LayerState
 
 
 def check_bound(axis_name: AxisName | None) -> None:
-    """Raises unless this is traced under an axis of that name, or under all of several."""
+    """Raises unless the caller is traced under this axis, or under all of several axes."""
     if axis_name is None:
         return
     try:
         lax.axis_size(axis_name)
     except NameError as error:
         raise ValueError(
-            f"update does not run under the axis axis_name={axis_name!r}: call it inside pmap or "
-            "shard_map with that axis, or leave axis_name out"
+            f"update does not run under axis_name={axis_name!r}: call it inside a pmap or "
+            "shard_map that has this axis, or leave axis_name out"
         ) from error
 
 
@@ -47,20 +47,20 @@ def check_statistics(
     options: Options,
     states: Mapping[str, LayerState],
 ) -> None:
-    """Raises unless the statistics are of these layers and of the kind the transformation needs."""
+    """Raises unless the statistics are of these layers and of the kind that is needed."""
     _check_layers(stats, layers)
     if not isinstance(stats, ReducedStatistics):
         return
     if options.statistics_examples is not None:
         raise ValueError(
-            "statistics_examples= is for raw statistics: reduced ones are sums over the whole "
-            "batch already; leave one of the two out"
+            "statistics_examples= is for raw statistics, and these are reduced, already summed "
+            'over the batch: leave it out, or capture with mode="raw"'
         )
     factors = kind_of_factors(member, options)
     if stats.factors != factors:
         raise ValueError(
-            f'stats hold "{stats.factors}" factors, this transformation needs "{factors}": pass '
-            f'factors="{factors}" to value_grad_and_stats'
+            f'stats hold "{stats.factors}" factors, but this transformation needs "{factors}": '
+            f'pass factors="{factors}" to value_grad_and_stats'
         )
     needs_theta = theta_from(member, options, stats) == "old basis"
     for path, spec in layers.items():
@@ -71,10 +71,10 @@ def check_statistics(
 def _check_reduced(
     path: str, spec: LayerSpec, reduced: Reduced, theta_shape: tuple[int, ...] | None
 ) -> None:
-    """Raises unless the sums of a layer have its shapes; `theta_shape` is None without Θ."""
+    """Raises unless a layer's sums have the right shapes; `theta_shape` is None if Θ is unused."""
     if theta_shape is not None and reduced.theta is None:
         raise ValueError(
-            "stats lack Θ, which this transformation measures: pass opt_state= to the function "
+            "stats lack Θ, which this transformation needs: pass opt_state= to the function "
             'that value_grad_and_stats(..., mode="reduced") returns'
         )
     i, o, lead = spec.in_dim, spec.out_dim, spec.lead
@@ -87,12 +87,12 @@ def _check_reduced(
         if not _is_array(found):
             raise ValueError(
                 f"stats of layer {path!r} have a {type(found).__name__} for {name} instead of "
-                "an array of floating-point numbers, as value_grad_and_stats returns it"
+                "an array of floating-point numbers: pass them as value_grad_and_stats returns them"
             )
         if found.shape != shape:
             raise ValueError(
-                f"stats of layer {path!r} have {name} of shape {found.shape}, the layer and "
-                f"its state {shape}: call find_layers again"
+                f"stats of layer {path!r} have {name} of shape {found.shape}, but the layer "
+                f"and its state need {shape}: call find_layers again"
             )
 
 
@@ -107,29 +107,29 @@ def _check_layers(stats: object, layers: Layers) -> None:
         scalars = [stats.scale, *optional]
     if not all(_is_array(x) and x.shape == () for x in scalars):
         raise ValueError(
-            "stats must have scalar arrays of real numbers besides those of the layers, got "
-            f"{scalars}; take them as they come from value_grad_and_stats or fisher_stats"
+            "the sizes and scales in stats must be scalar arrays of real numbers, got "
+            f"{scalars}; pass stats as value_grad_and_stats or fisher_stats returns them"
         )
     found: Any = stats.layers  # users build statistics by hand
     named: set[str] = set(cast(Any, found)) if isinstance(found, Mapping) else set()
     if named != set(layers):
         raise ValueError(
-            f"stats are of other layers than this transformation's: missing "
+            f"stats describe other layers than this transformation: missing "
             f"{sorted(set(layers) - named)}, unknown "
-            f"{sorted(named - set(layers), key=str)}. Use one `layers` for both."
+            f"{sorted(named - set(layers), key=str)}. Pass the same `layers` to both."
         )
     kind = Capture if isinstance(stats, Statistics) else Reduced
     for path, own in cast(dict[str, Any], found).items():
         parts = own if isinstance(stats, Statistics) else (own,)
         if not _are_whole(parts, kind):
             raise ValueError(
-                f"stats of layer {path!r} must be {kind.__name__} of floating-point arrays, as "
+                f"stats of layer {path!r} must hold floating-point arrays in {kind.__name__}, as "
                 f"value_grad_and_stats and fisher_stats return them, got {own!r}"
             )
 
 
 def _are_whole(parts: Any, kind: type[Capture] | type[Reduced]) -> bool:
-    """Whether they are of that kind, one or more, and hold arrays; Θ may be None."""
+    """Whether `parts` is a non-empty tuple of `kind` that holds arrays; Θ may be None."""
     if not (isinstance(parts, tuple) and parts):
         return False
     every = cast(tuple[Any, ...], parts)
@@ -146,28 +146,34 @@ def _is_array(x: object) -> TypeGuard[jax.Array]:
 
 
 def number_captured(stats: Statistics, layers: Layers) -> int:
-    """Raises if captures do not fit their layers; returns how many examples were captured."""
+    """Returns how many examples were captured; raises if a capture does not fit its layer."""
     sizes: set[tuple[str, int]] = set()
     for path, spec in layers.items():
         for capture in stats.layers[path]:
             _check_capture(path, spec, capture)
             sizes |= {(path, x.shape[len(spec.stack)]) for x in (capture.a, capture.u)}
     if len({size for _, size in sizes}) != 1:
-        raise ValueError(f"statistics disagree on the batch size: {sorted(sizes)}")
+        raise ValueError(
+            f"stats disagree on the batch size: {sorted(sizes)}; pass them as value_grad_and_stats "
+            "or fisher_stats returns them"
+        )
     return next(iter(sizes))[1]
 
 
 def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
     remedy = (
-        "They come from another model, or find_layers saw other shapes: call find_layers again."
+        "They come from another model, or find_layers saw other shapes. Call find_layers again."
     )
+    # The axes of stacked layers lead every capture.
     stack, features = len(spec.stack), len(spec.bias_shape)
     a, u = capture.a.shape[stack:], capture.u.shape[stack:]
     if {capture.a.shape[:stack], capture.u.shape[:stack]} != {spec.stack}:
         raise ValueError(
             f"stats of layer {path!r} have shapes {capture.a.shape} and {capture.u.shape}, which "
-            f"do not begin with the layer's stack of {spec.stack}. {remedy}"
+            f"do not begin with the layer's stacked axes {spec.stack}. {remedy}"
         )
+
+    # Which axes of `a` are the input features depends on the kind of layer.
     outputs, inputs = spec.bias_shape, spec.kernel_shape[: spec.contracted]
     if spec.kind == "norm":
         seen: tuple[int, ...] = a
@@ -185,10 +191,11 @@ def _check_capture(path: str, spec: LayerSpec, capture: Capture) -> None:
         seen = tuple(a[axis] for axis in spec.axes if -axis <= len(a))
     if u[-features:] != outputs:
         raise ValueError(
-            f"stats of layer {path!r} have outputs of shape {u[-features:]}, the layer has "
-            f"{outputs}. {remedy}"
+            f"stats of layer {path!r} have outputs of shape {u[-features:]}, but the layer "
+            f"has {outputs}. {remedy}"
         )
     if seen != inputs or call_positions(spec, u) < 1:
         raise ValueError(
-            f"stats of layer {path!r} have inputs of shape {seen}, the layer has {inputs}. {remedy}"
+            f"stats of layer {path!r} have inputs of shape {seen}, but the layer has {inputs}. "
+            f"{remedy}"
         )

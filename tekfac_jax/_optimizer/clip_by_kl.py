@@ -1,4 +1,4 @@
-"""A bound on how far one step may move the model's predictive distribution."""
+"""Bounds how far one step may move the model's predictive distribution."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -22,15 +22,16 @@ def clip_by_kl(
     learning_rate: optax.ScalarOrSchedule,
     max_kl: Number = 1e-3,
 ) -> optax.GradientTransformationExtraArgs:
-    """Shrinks the step of `inner` where it would move the predictive distribution too far.
+    """Shrinks the step of `inner` if it would move the predictive distribution too far.
 
     Multiplies the updates by min(1, √(κ / (η² Σ ⟨ΔW, G⟩))), with one factor for all layers.
-    Where `inner` holds curvature of ours, only layers whose curvature is valid are counted and
-    multiplied: elsewhere ⟨ΔW, G⟩ is no divergence. It wraps `inner` because it needs the
-    gradient, the preconditioned gradient and η at once; put it before momentum.
+    If `inner` contains a transformation of this library, only layers with valid curvature are
+    counted and multiplied; without curvature, ⟨ΔW, G⟩ measures no divergence. The clip wraps
+    `inner` because it needs the gradient, the preconditioned gradient and η together. Put it
+    before momentum.
 
     Args:
-        inner: transformation that preconditions.
+        inner: the transformation that preconditions.
         learning_rate: η, a number or a schedule of the step count.
         max_kl: κ, bound on η² ΔWᵀ F ΔW (twice the predicted KL divergence), positive.
 
@@ -38,7 +39,7 @@ def clip_by_kl(
         `optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: `max_kl` not positive, or `learning_rate` negative.
+        ValueError: `max_kl` is not positive, or `learning_rate` is negative.
 
     Example:
         >>> import jax.numpy as jnp, optax, tekfac_jax as tekfac
@@ -59,11 +60,14 @@ def clip_by_kl(
     def update(
         updates: Params, state: OptState, params: Params = None, **extra_args: object
     ) -> tuple[Params, ClipByKlState]:
+        # The predicted divergence of the whole step, from the layers with valid curvature.
         directions, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         counted = _counted(directions, inner_state)
         eta = learning_rate(state.count) if callable(learning_rate) else learning_rate
         products = jax.tree.map(_inner_product, counted, directions, updates)
         total = sum(jax.tree.leaves(products), start=jnp.zeros((), state.factor.dtype))
+
+        # One factor for all layers keeps the direction of the step.
         eta, kappa = (jnp.asarray(x).astype(total.dtype) for x in (eta, max_kl))
         factor = kl_factor(total, eta, kappa).astype(state.factor.dtype)
 
@@ -90,9 +94,9 @@ def _inner_product(use: jax.Array, direction: jax.Array, gradient: jax.Array) ->
 
 
 def _counted(directions: Params, inner_state: OptState) -> Params:
-    """For each leaf whether it was preconditioned with valid curvature, if only in part.
+    """For each leaf, whether at least part of it was preconditioned with valid curvature.
 
-    In part: a feature of a normalisation that is dead has no curvature, all others have.
+    A normalisation layer can be valid in part: only its dead features have no curvature.
     """
     states = search(inner_state, ScaleByTekfacState)
     valid = {

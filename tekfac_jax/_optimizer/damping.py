@@ -1,4 +1,4 @@
-"""How much damping λ each layer gets, and what is added where the factors are damped instead."""
+"""The damping λ of each layer, and the Θ of factors that are damped themselves."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -13,13 +13,13 @@ from tekfac_jax._layers.spec import Layers, LayerSpec
 from tekfac_jax._optimizer.options import Damping, Options
 from tekfac_jax._optimizer.spectrum import Spectrum
 
-FIXED_DAMPING = 1e-3  # of the paper's rule for networks without convolution
+FIXED_DAMPING = 1e-3  # λ of Eq. 3.4, for networks without conv layers
 
 
 def trace_damping(spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | float) -> jax.Array:
-    """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue, (*lead) or what broadcasts to it.
+    """λ = max(tr Θ, ϑ) / dim Θ (Eq. 3.5): the mean eigenvalue; broadcasts to (*lead).
 
-    The features of a normalisation are one layer together.
+    The features of a normalisation layer share one λ.
     """
     number = spec.in_dim * spec.out_dim
     if spec.kind == "norm" and spec.groups > 1:
@@ -30,13 +30,14 @@ def trace_damping(spec: LayerSpec, trace: jax.Array, trace_floor: jax.Array | fl
 def layer_dampings(
     layers: Layers, spectra: Mapping[str, Spectrum], options: Options
 ) -> dict[str, jax.Array]:
-    """λ of every layer, (*lead), by the options `damping`, `damping_scale` and `fc_damping`.
+    """λ of every layer, (*lead), from the options `damping`, `damping_scale` and `fc_damping`.
 
-    With ``damping="trace"`` it is `trace_damping` (Eq. 3.5), with a number that number (Eq. 3.4);
-    ``"auto"`` is trace damping in a network with conv layers and `FIXED_DAMPING` in another. With
-    ``fc_damping="beta"`` a Dense layer with one position in a network with conv layers takes the
-    largest λ of these, so that it keeps pace with them.
+    ``damping="trace"`` means `trace_damping` (Eq. 3.5), a number means that number (Eq. 3.4), and
+    ``"auto"`` means trace damping in a network with conv layers and `FIXED_DAMPING` in any other.
+    With ``fc_damping="beta"`` and trace damping, a Dense layer with one position takes the largest
+    λ of the conv layers, so that it keeps pace with them.
     """
+    # Each layer's own λ.
     convs = _convolutions(layers)
     by_trace = follows_trace(layers, options.damping)
     fixed = FIXED_DAMPING if isinstance(options.damping, str) else options.damping
@@ -50,6 +51,8 @@ def layer_dampings(
         return jnp.broadcast_to(rule * options.damping_scale, layers[path].lead).astype(dtype)
 
     dampings = {path: own(path) for path in layers}
+
+    # β replaces it in Dense layers. β is 0 until a conv layer has valid curvature.
     if options.fc_damping == "beta" and convs and by_trace:
         known = [jnp.max(jnp.where(spectra[path].valid, dampings[path], 0)) for path in convs]
         beta = jnp.max(jnp.stack(known))
@@ -61,15 +64,15 @@ def layer_dampings(
 
 
 def by_factors(theta: jax.Array, damping: jax.Array, *, plain: bool) -> jax.Array:
-    """Θ of a Kronecker product whose factors are damped each by itself, less λ.
+    """The damped Θ of two factors that are each damped by itself, less the λ added later.
 
-    TKFAC (arXiv:2011.10741) damps √δΦ + √λI and √δΨ + √λI; KFAC (Martens and Grosse 2015, section
-    6.3) A + π√λI and U + √λ/πI, with π² = (tr A / dim A) / (tr U / dim U). In the eigenbasis either
-    product is Θ + λ + √(λ/δ) (c r ⊕ s/c), r and s the sums of Θ's rows and columns, c = 1 or
-    √(dim A / dim U).
+    TKFAC (arXiv:2011.10741) damps √δΦ + √λI and √δΨ + √λI. KFAC (Martens and Grosse 2015, section
+    6.3) damps A + π√λI and U + √λ/πI, with π² = (tr A / dim A) / (tr U / dim U). In the eigenbasis
+    both products are Θ + λ + √(λ/δ) (c r ⊕ s/c). Here r and s are the row and column sums of Θ, and
+    c is 1 for TKFAC and √(dim A / dim U) for KFAC. `precondition` adds the λ.
 
     Args:
-        theta: Θ = δ λ_Φ⊗λ_Ψ, debiased, of all columns, (*lead, in[+1], out).
+        theta: Θ = δ λ_Φ⊗λ_Ψ, debiased, with all columns kept, (*lead, in[+1], out).
         damping: λ, (*lead).
         plain: whether the factors are A and U.
     """
@@ -81,7 +84,7 @@ def by_factors(theta: jax.Array, damping: jax.Array, *, plain: bool) -> jax.Arra
 
 
 def follows_trace(layers: Layers, damping: Damping) -> bool:
-    """Whether λ is by Eq. 3.5: where it is asked for, and with ``"auto"`` beside convolutions."""
+    """Whether λ follows Eq. 3.5: with ``"trace"``, or ``"auto"`` in a network with conv layers."""
     if not isinstance(damping, str):
         return False
     return damping == "trace" or bool(_convolutions(layers))

@@ -1,4 +1,4 @@
-"""What a member of the family and its options say about factors, Θ and the state."""
+"""What a member of the family and its options mean for factors, Θ and the state."""
 
 from typing import Literal
 
@@ -7,8 +7,9 @@ from tekfac_jax._optimizer.options import Options
 from tekfac_jax._state.family import Member
 from tekfac_jax._state.layout import STATE_VERSION, StateKind
 
-# Θ is computed in the basis after its refresh (from captures or the factors), was measured in the
-# basis before the step (reduced statistics), or comes from the mini-batch gradient alone.
+# "new basis": Θ is computed after the basis is refreshed, from captures or from the factors.
+# "old basis": Θ was measured before that, in the backward pass (reduced statistics).
+# "mini-batch": Θ comes from the mini-batch gradient alone (rescaling="running").
 ThetaFrom = Literal["new basis", "old basis", "mini-batch"]
 
 
@@ -27,6 +28,6 @@ def theta_from(member: Member, options: Options, stats: StatisticsOfBatch | None
 
 
 def state_kind(member: Member, options: Options) -> StateKind:
-    """What gives the averages in the state their meaning."""
+    """The layout version and the options that define what the averages in the state mean."""
     location, running = options.factors == "location", options.rescaling == "running"
     return StateKind(STATE_VERSION, member.plain, member.measured, location, running)

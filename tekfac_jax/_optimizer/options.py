@@ -1,4 +1,4 @@
-"""Arguments of the transforms: what they may be, and one signature for the whole family."""
+"""The options of the transformations, and the values that each may take."""
 
 import contextlib
 import difflib
@@ -26,11 +26,13 @@ DampingForm = Literal["exact", "factored"]
 FactorChoice = Literal["exact", "location"]
 RescalingChoice = Literal["exact", "running"]
 _INTERVALS = ("factor_interval", "eigenbasis_interval", "rescaling_interval")
-_MAX_FAILURES = "how many refreshes may fail in a row before a layer only scales its gradient"
+_MAX_FAILURES = (
+    "the number of refreshes that may fail in a row before a layer only scales its gradient"
+)
 
 
 class Options(NamedTuple):
-    """Arguments of `scale_by_tekfac` and its siblings; the defaults are in its signature."""
+    """Options of `scale_by_tekfac` and its siblings; its signature holds the defaults."""
 
     # refresh
     factor_interval: Count
@@ -64,11 +66,11 @@ class Options(NamedTuple):
 
 
 def check_names(options: Mapping[str, object], also: tuple[str, ...] = ()) -> None:
-    """Raises a TypeError that names an option that does not exist, and the nearest that does.
+    """Raises a TypeError for an unknown option; the message names the closest known one.
 
     Args:
-        options: what was passed by name.
-        also: names that exist beside those of `Options`.
+        options: the keyword arguments that were passed.
+        also: known names that are not fields of `Options`.
     """
     known = (*also, *Options._fields)
     for name in options:
@@ -79,12 +81,14 @@ def check_names(options: Mapping[str, object], also: tuple[str, ...] = ()) -> No
 
 
 def validate(layers: Layers, options: Options, *, measured: bool) -> Options:
-    """Raises a ValueError that names the argument, its value, the range and the remedy.
+    """Returns the options with dtype and mesh axis filled in; raises a ValueError if one is wrong.
+
+    The message names the argument, its value, the range and the remedy.
 
     Args:
         layers: from `find_layers`.
-        options: what was passed.
-        measured: whether Θ is measured instead of a product of the factors' eigenvalues.
+        options: the options as passed.
+        measured: whether Θ is measured, not the product of the factors' eigenvalues.
     """
     check_layers(layers)
     if not layers:
@@ -105,19 +109,19 @@ def _check_refreshes(options: Options) -> None:
     _check_count(
         "statistics_examples",
         options.statistics_examples,
-        "how many examples factors and Θ are computed from",
-        "all",
+        "the number of examples that factors and Θ are computed from",
+        "all examples",
     )
     check_flag("stagger", options.stagger)
     check_flag("early_refreshes", options.early_refreshes)
     if options.stagger and any(isinstance(getattr(options, n), jax.Array) for n in _INTERVALS):
         raise ValueError(
-            "stagger=True plans the steps when the transformation is made: pass the intervals as "
-            "Python integers, not as arrays or schedules"
+            "stagger=True plans the refreshes when the transformation is made: pass the intervals "
+            "as Python integers, not as arrays or schedules"
         )
     max_failures = as_python(options.max_failures)
     if not isinstance(max_failures, Tracer):
-        _check_count("max_failures", max_failures, _MAX_FAILURES, "any number")
+        _check_count("max_failures", max_failures, _MAX_FAILURES, "no limit")
 
 
 def _check_damping(options: Options, measured: bool) -> None:
@@ -126,7 +130,7 @@ def _check_damping(options: Options, measured: bool) -> None:
     else:
         check_number("damping", options.damping, 0, math.inf, "try 1e-3", open_low=True)
     check_number(
-        "damping_scale", options.damping_scale, 0, math.inf, "1 is the rule itself", open_low=True
+        "damping_scale", options.damping_scale, 0, math.inf, "1 leaves λ unscaled", open_low=True
     )
     check_number("trace_floor", options.trace_floor, 0, math.inf, "the paper uses 0.01")
     check_choice("fc_damping", options.fc_damping, get_args(FcDamping))
@@ -135,14 +139,14 @@ def _check_damping(options: Options, measured: bool) -> None:
         return
     if measured:
         raise ValueError(
-            'damping_form="factored" is for KFAC and TKFAC: a measured Θ is not the product of two '
-            'factors that could be damped; leave it at "exact"'
+            'damping_form="factored" is for KFAC and TKFAC: a measured Θ is not a product of '
+            'factors that could be damped; use "exact"'
         )
     for name in ("basis_rank", "max_dim"):
         if getattr(options, name) is not None:
             raise ValueError(
-                f'damping_form="factored" needs all eigenvectors, and {name} leaves some out: '
-                "leave one of the two out"
+                f'damping_form="factored" needs all eigenvectors, and {name} drops some: '
+                "pass only one of the two"
             )
 
 
@@ -184,32 +188,30 @@ def _check_basis_rank(rank: object) -> None:
     if isinstance(rank, float) and 1e-9 <= rank <= 1:
         return
     raise ValueError(
-        'basis_rank must be None (all eigenvectors), "auto", how many to keep on each side (an '
-        f"integer, 1 or more), or which share of them (a float in (0, 1]), got {rank!r}"
+        'basis_rank must be None (all eigenvectors), "auto", the number to keep on each side '
+        f"(an integer, 1 or more), or the share to keep (a float in (0, 1]), got {rank!r}"
     )
 
 
 def _checked_mesh_axis(options: Options) -> AxisName | None:
-    """The axis of the mesh that splits the batch; raises for device options that do not fit."""
+    """The mesh axis that splits the batch; raises if the device options contradict each other."""
     check_flag("shard_state", options.shard_state)
     _check_axis_name(options.axis_name)
     for name in ("basis_rank", "max_dim"):
         if getattr(options, name) is not None and options.shard_state:
             raise ValueError(
-                f"{name} and shard_state=True do not go together: leave one of them out"
+                f"{name} and shard_state=True cannot be combined: leave one of them out"
             )
     if options.mesh is None:
         for name, default in (("mesh_axis", None), ("shard_state", False)):
             value = getattr(options, name)
             if value is not default:
-                raise ValueError(
-                    f"{name}={value!r} needs mesh=, and there is none: pass it, or leave {name} out"
-                )
+                raise ValueError(f"{name}={value!r} needs mesh=: pass a mesh, or leave {name} out")
         return None
     if options.axis_name is not None:
         raise ValueError(
-            f"axis_name={options.axis_name!r} is for pmap and shard_map, mesh= for jit with "
-            "NamedSharding: pass one of them"
+            f"axis_name={options.axis_name!r} is for pmap and shard_map, mesh= is for jit "
+            "with NamedSharding: pass only one of them"
         )
     return check_mesh_axis(options.mesh, options.mesh_axis, shard_state=options.shard_state)
 
@@ -229,13 +231,13 @@ def _factor_dtype(dtype: DType) -> DType:
     if dtype is None:
         return None
     known: DType = None
-    if isinstance(dtype, str | type | np.dtype):  # an array has a dtype, and is none
+    if isinstance(dtype, str | type | np.dtype):  # an array has a dtype but is not one
         with contextlib.suppress(TypeError):
             known = cast(DType, jnp.dtype(dtype))
     if known is None or known not in (jnp.dtype("float32"), jnp.dtype("float64")):
         raise ValueError(
-            f"factor_dtype must be float32 or float64, got {dtype!r}: in half precision "
-            "the small eigenvalues of a factor are lost. Parameters and activations "
-            "may be in half precision all the same"
+            f"factor_dtype must be float32 or float64, got {dtype!r}: half precision "
+            "loses the small eigenvalues of a factor. Parameters and activations may still "
+            "be in half precision"
         )
     return known

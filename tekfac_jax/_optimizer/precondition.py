@@ -1,4 +1,4 @@
-"""The step: gradients preconditioned by the damped curvature, layer by layer."""
+"""Preconditions the gradients with the damped curvature, layer by layer."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -24,7 +24,7 @@ def precondition(
     member: Member,
     options: Options,
 ) -> dict[str, jax.Array]:
-    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ of each layer that has a gradient (Eq. 3.9)."""
+    """Q_Φ [(Q_Φᵀ G Q_Ψ) / (Θ + λ)] Q_Ψᵀ for each layer that has a gradient (Eq. 3.9)."""
 
     def theta_of(path: str) -> jax.Array:
         if options.damping_form == "exact":
@@ -56,7 +56,7 @@ def has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
 def _direction(
     gradient: jax.Array, natural: jax.Array, layer: LayerState, spectrum: Spectrum
 ) -> jax.Array:
-    """The natural gradient; G / (mean eigenvalue + λ) after a fall-back; G without curvature."""
+    """The natural gradient; G / (mean eigenvalue + λ) after a fallback; G without curvature."""
     mean = spectrum.trace / (gradient.shape[-2] * gradient.shape[-1])
     scaled = gradient.astype(mean.dtype) / expand_lead(mean + layer.damping, gradient)
     best = jnp.where(expand_lead(layer.fallen_back, gradient), scaled, natural)

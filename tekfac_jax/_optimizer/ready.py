@@ -1,4 +1,4 @@
-"""The ready optimizers: precondition, clip, momentum, decay, and something for all the rest."""
+"""The ready-made optimizers: precondition, clip, momentum, decay, and a fallback for the rest."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from tekfac_jax._optimizer.transforms import (
     scale_by_tkfac,
 )
 
-# The ready optimizers' share of the trace rule (Eq. 3.5): docs/results.md has the readings.
+# Their `damping_scale` under trace damping (Eq. 3.5); docs/results.md has the measurements.
 _SCALE_OF_TRACE = 0.3
 
 
@@ -40,26 +40,26 @@ def tekfac(
 ) -> optax.GradientTransformationExtraArgs:
     """The TEKFAC optimizer, ready to use. `tkfac`, `ekfac` and `kfac` are its siblings.
 
-    Captured parameters: preconditioned (`scale_by_tekfac`), clipped (`clip_by_kl`), heavy-ball
-    momentum, decoupled weight decay, times −η. Everything else goes to `fallback`.
+    Captured parameters are preconditioned (`scale_by_tekfac`) and clipped (`clip_by_kl`), followed
+    by heavy-ball momentum, decoupled weight decay and −η. All others go to `fallback`.
 
     Args:
         learning_rate: η, a number or an optax schedule.
         layers: from `find_layers`.
-        momentum: decay of the momentum, in [0, 1); 0 or None: none.
-        weight_decay: multiplies the captured parameters, added after momentum (decoupled).
-        kl_clip: κ of `clip_by_kl`; None: no clip.
+        momentum: decay of the momentum, in [0, 1). 0 or None: no momentum.
+        weight_decay: factor of the captured parameters, added after momentum (decoupled).
+        kl_clip: κ of `clip_by_kl`. None: no clipping.
         fallback: transformation for every parameter that is not captured; it applies its own
             learning rate. None: Adam with the same learning rate or schedule.
-        damping_scale: multiplies each λ, positive. None: 0.3 where λ follows the trace (Eq. 3.5
-            itself, 1, trained slower in `docs/results.md`), 1 where it is fixed.
-        **options: other arguments of `scale_by_tekfac`.
+        damping_scale: multiplies each λ, positive. None: 0.3 under trace damping (with 1, Eq. 3.5
+            as printed, training was slower in `docs/results.md`), 1 if λ is fixed.
+        **options: further arguments of `scale_by_tekfac`.
 
     Returns:
         `optax.GradientTransformationExtraArgs`; `update` takes ``stats=``.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, optax
@@ -108,7 +108,7 @@ def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _check_gradient(updates: Params, layers: Layers) -> None:
-    """Raises for a gradient that does not fit, over which optax would stumble."""
+    """Raises for a gradient that does not fit, before optax fails with an obscure error."""
     found = to_matrices(updates, layers)
 
     def is_masked(node: object) -> bool:
@@ -133,17 +133,17 @@ def _ready(
     damping_scale: Number | None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    # What was passed, checked.
+    # Check the arguments here: optax would not name them.
     check_names(options, ("learning_rate", "momentum", "weight_decay", "kl_clip", "fallback"))
     if isinstance(learning_rate, Layers):
-        raise ValueError("learning_rate must be a number or a schedule, got Layers: it comes first")
+        raise ValueError("learning_rate must be a number or a schedule, got Layers: pass it first")
     check_learning_rate(learning_rate)
     check_layers(layers)
     if momentum is not None:
         check_number("momentum", momentum, 0, 1, "0.9 is usual")
     check_number("weight_decay", weight_decay, 0, math.inf, "0 turns it off")
 
-    # Captured parameters: precondition, clip, momentum, decay, learning rate.
+    # Captured parameters. The clip comes before momentum: it bounds what this gradient contributes.
     if damping_scale is None:
         rule = options.get("damping", "auto")
         damping_scale = _SCALE_OF_TRACE if follows_trace(layers, rule) else 1.0
@@ -155,12 +155,12 @@ def _ready(
     captured = optax.chain(
         direction,
         optax.identity() if momentum is None else optax.trace(momentum),
-        # Decay needs the parameters at update; without it nobody has to pass them.
+        # Decay needs params= at update. Leaving it out spares users from passing them.
         optax.identity() if no_decay else optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
-    # Every other parameter.
+    # All other parameters.
     if fallback is None:
         fallback = optax.adam(learning_rate)
     check_transformation("fallback", fallback)
@@ -179,7 +179,7 @@ def _ready(
         _check_gradient(updates, layers)
         if not isinstance(state, optax.transforms.PartitionState):
             raise ValueError(
-                "state= must be what init or the update before returned, got "
+                "state= must be what init or the previous update returned, got "
                 f"{type(state).__name__}"
             )
         return parts.update(updates, state, params, **extra_args)

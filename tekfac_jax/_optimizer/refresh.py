@@ -1,4 +1,4 @@
-"""The three refreshes of curvature: factors, eigenbasis, Θ, each for a group of layers."""
+"""The three refreshes of the curvature (factors, eigenbasis, Θ), each for a group of layers."""
 
 # pyright: reportUnknownMemberType=false
 # JAX leaves parameters of `lax.cond`, `jax.eval_shape` and others untyped.
@@ -48,7 +48,7 @@ class LayerContext(NamedTuple):
     def when(
         self, due: jax.Array, function: Callable[[LayerState], LayerState], layer: LayerState
     ) -> LayerState:
-        """`function(layer)` if due, else the layer; of stacked layers only those that are due."""
+        """`function(layer)` if due, else `layer`; stacked layers change only where they are due."""
 
         def run(layer: LayerState) -> LayerState:
             return chosen(due, function(layer), layer)
@@ -91,11 +91,11 @@ def contexts_of(
 
 
 def groups_of(contexts: Group) -> list[Group]:
-    """One group per layer, so that little memory is in use at once; or all layers in one group.
+    """One group per layer, which limits peak memory; or one group of all layers.
 
-    All in one where devices share the work: no device then waits within a layer for another's
-    decomposition. All in one on GPU too, where decompositions of equal size are one batched call,
-    unless layers are staggered and few are due at a time.
+    There is one group in two cases. Where devices share the work, no device then waits in the
+    middle of a layer for another's decomposition. On GPU, decompositions of equal size are one
+    batched call; but not if the layers are staggered, because then only few are due at a time.
     """
     first = next(iter(contexts.values()))
     together = first.devices.plan is not None or (
@@ -113,7 +113,7 @@ def any_due(group: Group, held: Held) -> jax.Array:
 def form_gradients_once(
     group: Group, held: Held, sources: Mapping[str, Source]
 ) -> Mapping[str, Source]:
-    """The sources, with G_n in place of captures where it serves twice and memory allows."""
+    """The sources, with G_n instead of captures where two refreshes need it and memory allows."""
     shared, left = dict(sources), FORMED_IN_ALL
     for path, own in group.items():
         source, layer = sources[path], held[path]
@@ -126,7 +126,7 @@ def form_gradients_once(
 
 
 def _numbers_formed_once(own: LayerContext, layer: LayerState, source: Source) -> int:
-    """The size of the G_n that serves both factors and Θ; 0 if each contracts by itself."""
+    """How many numbers a G_n for both factors and Θ has; 0 if each contracts by itself."""
     exact_factors = kind_of_factors(own.member, own.options) == "exact"
     measured_theta = own.member.measured and own.options.rescaling == "exact"
     if not (exact_factors and measured_theta and isinstance(source, FromCaptures)):
@@ -152,7 +152,7 @@ def _new_factors(own: LayerContext, layer: LayerState, source: Source) -> LayerS
         total = own.devices.total_of_factors(sums, own.spec)
         new = _mean(total, source.examples)
 
-        # Averages of both; a sum of squares that is not finite shows in its diagonal.
+        # Average both. They are Gram matrices: if any entry is not finite, so is their trace.
         ok = jnp.isfinite(trace(total.phi, layer.q_phi) + trace(total.psi, layer.q_psi))
         beta = own.options.factor_decay
         phi = _average(ok, beta, layer.phi, new.phi)
@@ -175,10 +175,10 @@ def _new_factors(own: LayerContext, layer: LayerState, source: Source) -> LayerS
 
 
 def update_eigenbases(group: Group, held: Held) -> dict[str, LayerState]:
-    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1); Θ moves along into the new basis.
+    """Every T_EIG steps: Q_Φ and Q_Ψ (Eq. 3.1); Θ is transported into the new basis.
 
-    All layers of the group are decomposed before any result is used. Were each to wait for the one
-    before, devices that share the work would work one after another.
+    All layers of the group are decomposed before any result is used. Otherwise devices that share
+    the work would work one after another.
     """
     due = {path: own.clock.basis_due(held[path]) for path, own in group.items()}
 
@@ -199,7 +199,7 @@ def update_eigenbases(group: Group, held: Held) -> dict[str, LayerState]:
 
 
 def _decompose(group: Group, held: Held, due: Mapping[str, jax.Array]) -> dict[str, Basis]:
-    """New eigenvectors of all factors; where devices share the work, zeros for the others' part."""
+    """New eigenvectors of all factors; zeros for factors that another device decomposes."""
     jobs: dict[tuple[str, str], tuple[jax.Array | None, ...]] = {}
     for path, own in group.items():
         layer = held[path]
@@ -218,7 +218,7 @@ def _decompose(group: Group, held: Held, due: Mapping[str, jax.Array]) -> dict[s
 def _eigenvectors(
     factor: jax.Array, old: jax.Array, valid: jax.Array, wanted: jax.Array | None, method: Method
 ) -> jax.Array:
-    """The top eigenvectors, as many as there were; zeros where they are not `wanted`."""
+    """The top eigenvectors, as many as in `old`; zeros where they are not `wanted`."""
     dim, rank = old.shape[-2:]
     if starts_from_old_basis(dim, rank, method):
         return updated_eigenvectors(factor, old, valid, wanted)
@@ -229,7 +229,7 @@ def _adopt(layer: LayerState, basis: Basis) -> LayerState:
     """The layer in a new basis, or in its old one where the new one is not finite."""
     old = Basis(layer.q_phi, layer.q_psi)
     moved = transport(layer.theta, layer.rest, old, basis)
-    # Each number of Θ meets every column of Q: what is not finite in Q shows in Θ.
+    # Transport multiplies Θ by every column of Q, so an entry of Q that is not finite shows in Θ.
     ok = jnp.isfinite(jnp.sum(moved[0], axis=(-2, -1)))
     (q_phi, q_psi), (theta, rest) = chosen(ok, (basis, moved), (old, (layer.theta, layer.rest)))
     return layer._replace(
@@ -248,9 +248,9 @@ def _adopt(layer: LayerState, basis: Basis) -> LayerState:
 def update_rescaling(
     group: Group, held: Held, sources: Mapping[str, Source]
 ) -> dict[str, LayerState]:
-    """Every T_RE steps: Θ in the basis in force (Eq. 3.2), averaged (Eq. 3.6).
+    """Every T_RE steps: Θ in the current basis (Eq. 3.2), averaged (Eq. 3.6).
 
-    In KFAC and TKFAC Θ is the product of the factors' eigenvalues (Eq. 2.4, 2.8).
+    In KFAC and TKFAC, Θ is the product of the factors' eigenvalues (Eq. 2.6, 3.1).
     """
     with jax.named_scope("tekfac rescaling"):
         return {path: _new_theta(own, held[path], sources[path]) for path, own in group.items()}
@@ -278,7 +278,7 @@ def _new_theta(own: LayerContext, layer: LayerState, source: Source) -> LayerSta
 
 
 def _eigenvalue_product(own: LayerContext, layer: LayerState) -> LayerState:
-    """Θ = δ λ_Φ⊗λ_Ψ, from factors that are averages already."""
+    """Θ = δ λ_Φ⊗λ_Ψ. The factors are averaged already, so Θ is not, and its weight is 1."""
     lambda_phi = eigenvalues_in(unit_trace(layer.phi, layer.q_phi), layer.q_phi)
     lambda_psi = eigenvalues_in(unit_trace(layer.psi, layer.q_psi), layer.q_psi)
     product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
@@ -298,7 +298,7 @@ def _mean(total: T, examples: jax.Array) -> T:
 
 
 def _average(ok: jax.Array, beta: Number, old: jax.Array, new: jax.Array | float) -> jax.Array:
-    """X ← βX + (1−β)X_new; X itself where the new value is not finite."""
+    """X ← βX + (1−β)X_new; X unchanged where the new value is not finite."""
     beta = jnp.asarray(beta, old.dtype)
     return jnp.where(expand_lead(ok, old), beta * old + (1 - beta) * new, old)
 

@@ -16,7 +16,7 @@ from tekfac_jax._layers.spec import Layers, LayerSpec
 from tekfac_jax._optimizer.options import Number, Options
 from tekfac_jax._state.layout import LayerState
 
-_MOST_TRIALS = 2**27  # steps times offsets, for each layer: a fraction of a second
+_MOST_TRIALS = 2**27  # steps × offsets, for each layer; this many take a fraction of a second
 _EXAMPLES = 64  # assumed batch size for the flop counts; only the proportions matter
 
 
@@ -28,11 +28,11 @@ class Clock(NamedTuple):
     options: Options
 
     def factors_due(self, layer: LayerState) -> jax.Array:
-        """Every T_FIM steps, and as long as there are no factors."""
+        """Every T_FIM steps, and at every step until there are factors."""
         return self._at(self.options.factor_interval) | (layer.factor_weight == 0)
 
     def basis_due(self, layer: LayerState) -> jax.Array:
-        """Every T_EIG steps, and as long as there is no basis; never before there are factors.
+        """Every T_EIG steps, and at every step until there is a basis; never before the factors.
 
         The eigenvectors of a zero matrix are arbitrary.
         """
@@ -40,7 +40,7 @@ class Clock(NamedTuple):
         return due & (layer.factor_weight > 0)
 
     def rescaling_due(self, layer: LayerState) -> jax.Array:
-        """Every T_RE steps, and as long as there is no Θ."""
+        """Every T_RE steps, and at every step until there is a Θ."""
         return self._at(self.options.rescaling_interval) | (layer.theta_weight == 0)
 
     def product_due(self, layer: LayerState) -> jax.Array:
@@ -56,10 +56,10 @@ class Clock(NamedTuple):
 
 
 def is_due(step: jax.Array, offset: int | jax.Array, interval: Number, *, early: bool) -> jax.Array:
-    """Whether a refresh is due: once in an interval, with `early` also at step 1, 2, 4, ...
+    """Whether a refresh is due: once per interval, and with `early` also at steps 1, 2, 4, ...
 
-    The early ones ignore the offset and stop after the first interval: all layers share the first
-    statistics, those of step 0.
+    Early refreshes ignore the offset, because all layers start from the statistics of step 0. They
+    stop after the first interval.
     """
     due = (step - offset) % interval == 0
     if early:
@@ -87,32 +87,36 @@ def next_due(
 
 
 def layer_offsets(layers: Layers, options: Options) -> dict[str, int]:
-    """For each layer the step, modulo each interval, at which its refreshes are due."""
+    """For each layer, the step (modulo each interval) at which its refreshes are due."""
     if not options.stagger:
         return dict.fromkeys(layers, 0)
     intervals = (options.factor_interval, options.eigenbasis_interval, options.rescaling_interval)
-    return offsets(layers, *map(int, intervals))  # `validate` refuses arrays here
+    return offsets(layers, *map(int, intervals))  # `validate` rejects arrays here
 
 
 def offsets(
     layers: Layers, factor_interval: int, eigenbasis_interval: int, rescaling_interval: int
 ) -> dict[str, int]:
-    """For each layer the step at which its refreshes are due, counted modulo each interval.
+    """For each layer, the step (modulo each interval) at which its refreshes are due.
 
-    One offset for all three, so that they keep the paper's order. The most expensive layer first,
-    each where the busiest of the steps that it falls on is least busy, by flop count.
+    A layer has one offset for all three refreshes, so that they keep the paper's order. The most
+    expensive layer is placed first. Each layer gets the offset that keeps its busiest step least
+    busy, by flop count.
 
     Raises:
-        ValueError: the intervals have too many steps in common.
+        ValueError: the least common multiple of the intervals is too large.
     """
+    # The load repeats after the least common multiple of the intervals.
     intervals = (factor_interval, eigenbasis_interval, rescaling_interval)
     cycle = math.lcm(*intervals)
     if cycle * max(intervals) > _MOST_TRIALS:
         raise ValueError(
-            f"stagger=True lays out {cycle:,} steps, the least common multiple of the intervals "
-            f"{intervals}, in {max(intervals):,} ways, more than can be tried: choose shorter "
-            "intervals, or such as divide each other (50, 50, 200)"
+            f"stagger=True would try {max(intervals):,} offsets over {cycle:,} steps, the least "
+            f"common multiple of the intervals {intervals}, which takes too long: choose shorter "
+            "intervals, or intervals that divide each other (50, 50, 200)"
         )
+
+    # Place the largest costs first: the small ones still fit between them.
     load = np.zeros(cycle)
     costs = {path: _costs(spec) for path, spec in layers.items()}
     found: dict[str, int] = {}
@@ -131,9 +135,9 @@ def offsets(
 
 
 def _costs(spec: LayerSpec) -> tuple[float, float, float]:
-    """Flop of factors, decompositions and Θ."""
+    """Flop counts of factors, decompositions and Θ."""
     t, i, o, lead = spec.positions, spec.in_dim, spec.out_dim, math.prod(spec.lead)
-    if not spec.has_input_basis:  # of an embedding's rows an example names no more than positions
+    if not spec.has_input_basis:  # an example looks up at most `t` rows of an embedding
         i = min(i, t)
     factors = 2 * (factor_order(t, i, o).cost(t, i, o) if t > 1 else i**2 + o**2)
     rescaling = 2 * (rescaling_order(t, i, o, i, o).cost(t, i, o, i, o))

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Integers that decide shapes or are counted in Python, and things that can be called but are no
-# schedules.
+# Integers that Python needs as integers, to set shapes or to plan steps.
 _COUNTS = frozenset(
     {"factor_interval", "eigenbasis_interval", "rescaling_interval", "statistics_examples",
      "basis_rank", "max_dim", "max_failures"}
 )  # fmt: skip
 
+# Objects that may be callable but are not schedules.
 _OBJECTS = frozenset({"mesh", "factor_dtype"})
 
 
 class Static(NamedTuple):
-    """An argument that must reach the factory as it is."""
+    """An argument that must reach the factory unchanged."""
 
     value: Any
 
@@ -26,9 +26,9 @@ class Static(NamedTuple):
 class FamilySignature(inspect.Signature):
     """A signature that keeps integers, dtypes and meshes out of `optax.inject_hyperparams`.
 
-    That function binds the arguments by the factory's signature. It makes an array of each number
-    that it finds there and a schedule of everything that can be called. Here such arguments come
-    back as `Static`, which it passes on untouched, so that nobody needs its `static_args`.
+    That function binds the arguments with the factory's signature. It turns every number into an
+    array and takes every callable for a schedule. `bind` therefore wraps such arguments in
+    `Static`, which optax passes on unchanged, so that users need no `static_args`.
     """
 
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
@@ -44,7 +44,7 @@ class FamilySignature(inspect.Signature):
 
 
 def unwrapped(value: Any) -> Any:
-    """The argument inside a `Static`; any other as it is."""
+    """The argument inside a `Static`; any other argument unchanged."""
     return value.value if isinstance(value, Static) else value
 
 
@@ -71,7 +71,7 @@ def same_arguments_as(
 
 
 def also_arguments_of(template: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Spells out ``**options`` in a function's signature: they are `template`'s keywords."""
+    """Replaces ``**options`` in a function's signature by the keyword arguments of `template`."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         own = inspect.signature(function).parameters.values()

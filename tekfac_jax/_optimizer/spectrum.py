@@ -1,4 +1,4 @@
-"""The eigenvalues of a layer's curvature, ready for use: debiased, and marked valid or not."""
+"""The eigenvalues of a layer's curvature, debiased, and whether they are valid."""
 
 from typing import NamedTuple
 
@@ -8,12 +8,12 @@ from tekfac_jax._state.layout import LayerState, debiased, is_valid, trace_of_th
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues of one layer's Fisher block; r and p eigenvectors are kept of its two sides."""
+    """Eigenvalues of one layer's Fisher block, whose sides keep r and p eigenvectors."""
 
     theta: jax.Array  # (*lead, r, p) debiased Θ
-    rest: jax.Array  # (*lead) debiased trace outside of the columns that are kept
-    trace: jax.Array  # (*lead) of the whole block
-    valid: jax.Array  # (*lead) whether a gradient can be preconditioned with these numbers
+    rest: jax.Array  # (*lead) debiased trace outside the kept columns
+    trace: jax.Array  # (*lead) debiased trace of the whole block
+    valid: jax.Array  # (*lead) whether they can precondition a gradient
 
 
 def spectrum_of(layer: LayerState) -> Spectrum:

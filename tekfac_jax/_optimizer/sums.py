@@ -1,7 +1,7 @@
 """Sources: where a layer's sums over examples come from.
 
-A source supplies the sums from which factors and Θ are averaged: from raw captures, from the
-gradients G_n formed once for both, from sums that the backward pass contracted, or from the
+A source supplies the sums for the averages of factors and Θ. It takes them from raw captures, from
+the gradients G_n formed once for both, from sums that the backward pass contracted, or from the
 mini-batch gradient alone.
 """
 
@@ -45,7 +45,7 @@ class Source(Protocol):
 
     @property
     def examples(self) -> jax.Array:
-        """How many examples the sums are over, on all devices; 0: there are no sums."""
+        """How many examples are summed, on all devices; 0: there are no sums."""
         ...
 
     def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
@@ -53,12 +53,12 @@ class Source(Protocol):
         ...
 
     def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
-        """Θ in the layer's basis and the trace outside of it, summed over examples."""
+        """Θ in the layer's basis and the trace outside it, summed over examples."""
         ...
 
 
 class FromCaptures(NamedTuple):
-    """Raw statistics: (a, u) of each call of the layer."""
+    """Raw statistics: (a, u) for each call of the layer."""
 
     captures: tuple[Capture, ...]
     scale: jax.Array
@@ -73,7 +73,7 @@ class FromCaptures(NamedTuple):
         return self._total(rescaling_of(spec, layer.q_phi, layer.q_psi), spec, layer)
 
     def formed(self, spec: LayerSpec, layer: LayerState, needed: jax.Array) -> "FromGradients":
-        """The same examples as gradients G_n; zeros unless `needed`."""
+        """The gradients G_n of the same examples; zeros unless `needed`."""
 
         def form() -> jax.Array:
             captures, dtype = self.captures, layer.theta.dtype
@@ -115,19 +115,19 @@ class FromGradients(NamedTuple):
 
 
 class FromSums(NamedTuple):
-    """Reduced statistics: the backward pass contracted them, Θ in the basis before the step."""
+    """Reduced statistics, contracted in the backward pass; Θ is in the basis before the step."""
 
     reduced: Reduced
     examples: jax.Array
 
     def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
-        """The sums as they are."""
+        """Returns the sums unchanged."""
         del spec, kind
         dtype = layer.theta.dtype
         return dense.Factors(self.reduced.phi.astype(dtype), self.reduced.psi.astype(dtype))
 
     def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
-        """The sums as they are."""
+        """Returns the sums unchanged."""
         del spec
         dtype = layer.theta.dtype
         assert self.reduced.theta is not None
@@ -136,10 +136,10 @@ class FromSums(NamedTuple):
 
 
 class FromMiniBatch(NamedTuple):
-    """The mini-batch gradient alone, as if N examples shared it: Θ only, and biased.
+    """The mini-batch gradient alone: it gives Θ only, and a biased one.
 
-    Its Θ is N (Q_Φᵀ ḡ Q_Ψ)² with ḡ = Σ G_n / N, whose expectation is Θ + (N−1)μ², μ the rotated
-    mean gradient.
+    The estimate is N (Q_Φᵀ ḡ Q_Ψ)² with ḡ = Σ G_n / N. Its expectation is Θ + (N−1)μ², where μ is
+    the expected gradient in the eigenbasis.
     """
 
     gradient: jax.Array  # (*lead, i, o), as the transformation receives it
@@ -147,15 +147,15 @@ class FromMiniBatch(NamedTuple):
 
     @property
     def examples(self) -> jax.Array:
-        """The examples that the gradient is of."""
+        """How many examples the gradient comes from."""
         return self.batch.examples
 
     def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
-        """There are none."""
+        """The mini-batch gradient has no factors."""
         raise NotImplementedError("the mini-batch gradient has no factors")
 
     def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
-        """N² times the squared mean gradient, in the layer's basis."""
+        """The squared gradient of the summed loss, in the layer's basis."""
         dtype = layer.theta.dtype
         to_total = self.batch.to_mean.astype(dtype) * self.batch.examples.astype(dtype)
         total = self.gradient.astype(dtype) * to_total
@@ -166,7 +166,7 @@ class FromMiniBatch(NamedTuple):
 def sources_of(
     stats: Statistics | ReducedStatistics, layers: Layers, options: Options, examples: jax.Array
 ) -> Mapping[str, FromCaptures] | Mapping[str, FromSums]:
-    """The source of each layer; of raw statistics perhaps only some of the examples."""
+    """The source of each layer; raw statistics are thinned to `statistics_examples`."""
     if isinstance(stats, ReducedStatistics):
         return {path: FromSums(reduced, examples) for path, reduced in stats.layers.items()}
     found: dict[str, FromCaptures] = {}

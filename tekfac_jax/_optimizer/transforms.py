@@ -83,8 +83,8 @@ def scale_by_tekfac(
         rescaling_interval: T_RE, steps between updates of Θ.
         factor_decay: β of the average of Φ and Ψ, the weight of the old value, in [0, 1).
         rescaling_decay: β of the average of Θ, in [0, 1).
-        statistics_examples: how many examples of the batch (of each device's part of it) factors
-            and Θ are computed from; they are evenly spaced. Fewer examples make refreshes cheaper
+        statistics_examples: how many examples of the batch, or of each device's part of it, factors
+            and Θ are computed from. They are evenly spaced. Fewer examples make refreshes cheaper
             and noisier. If ``examples=`` marks some of the batch as filler, the fillers must be
             evenly spread or at the end. Not for reduced statistics. None: all.
         stagger: spreads the refreshes of different layers over the interval, so that no step is
@@ -92,20 +92,20 @@ def scale_by_tekfac(
             Nearly every step then uses statistics.
         early_refreshes: also refreshes at steps 1, 2, 4, ... of the first interval, counted from 0:
             six more refreshes with intervals of 50. Otherwise the curvature of the first batch
-            serves for a whole interval. For runs of few intervals; not in the paper (measured in
-            `docs/results.md`).
+            serves for a whole interval. Useful in runs of few intervals. Not in the paper;
+            `docs/results.md` has the measurements.
 
     Args: Damping
         damping: λ. ``"trace"``: max(tr Θ, ϑ) / dim Θ (Eq. 3.5). A positive number: that number
-            (Eq. 3.4). ``"auto"``: trace damping in a network with conv layers, 1e-3 in another.
+            (Eq. 3.4). ``"auto"``: trace damping in a network with conv layers, 1e-3 in any other.
         damping_scale: multiplies each λ, positive.
         trace_floor: ϑ of Eq. 3.5, not negative.
         fc_damping: for Dense layers with one position, under trace damping in a network with conv
             layers. ``"beta"``: the largest λ of the conv layers. ``"own"``: their own λ.
-        damping_form: ``"exact"``: λ is added to Θ. ``"factored"``: a part of √λ is added to each
-            factor, as in the papers on KFAC (with π, section 6.3 of Martens and Grosse 2015) and
-            TKFAC (√δΦ + √λI and √δΨ + √λI). For KFAC and TKFAC only, and not with `basis_rank` or
-            `max_dim`.
+        damping_form: ``"exact"``: λ is added to Θ. ``"factored"``: a multiple of √λ is added to
+            each factor, as in the papers on KFAC (with π, section 6.3 of Martens and Grosse 2015)
+            and TKFAC (√δΦ + √λI and √δΨ + √λI). For KFAC and TKFAC only, and not with `basis_rank`
+            or `max_dim`.
 
     Args: Basis
         factors: ``"exact"``: E[G Gᵀ] and E[Gᵀ G]. ``"location"``: treats positions (of a
@@ -115,16 +115,17 @@ def scale_by_tekfac(
             ``batch_size=`` at update instead of statistics, and is biased.
         basis_rank: how many of the top eigenvectors each side keeps, at least two: a number, a
             share of the side in (0, 1], or ``"auto"`` (an eighth of the inputs and a quarter of the
-            outputs; sides of up to 32 are kept whole). The mean θ⊥ stands for the curvature outside
-            of them, so the trace is preserved. Steps become cheaper and the state smaller. None:
-            all.
-        max_dim: if `basis_rank` is None, a side with more rows than this keeps ``"auto"`` of its
-            eigenvectors instead of all. Its factor is kept whole. None: no limit.
+            outputs; sides of up to 32 are kept whole). The curvature outside them is replaced by
+            its mean θ⊥, which preserves the trace. Steps become cheaper and the state smaller.
+            None: all.
+        max_dim: if `basis_rank` is None, a side with more rows than this keeps its ``"auto"`` share
+            of eigenvectors instead of all. Its factor is kept whole. None: no limit.
         eigenbasis: ``"eigh"``: each decomposition starts from scratch. ``"subspace"``: it starts
-            from the previous basis. That is kept if it still diagonalises the factor
+            from the previous basis, which is kept if it still diagonalises the factor
             (‖ΦQ − QΛ‖ ≤ 0.01 ‖Φ‖), else improved by one or two passes of subspace iteration, else
-            computed from scratch. ``"auto"``: the latter on sides of more than 256 rows of which at
-            most half of the eigenvectors are kept (on CPU it gains nothing for a whole basis).
+            computed from scratch. ``"auto"``: ``"subspace"`` on sides of more than 256 rows that
+            keep at most half of their eigenvectors, else ``"eigh"`` (on CPU, ``"subspace"`` gains
+            nothing for a whole basis).
 
     Args: Devices
         axis_name: the axis of `pmap` or `shard_map` that splits the batch, or a tuple of axes.
@@ -134,7 +135,7 @@ def scale_by_tekfac(
             the numbers are the same and each device does all the work.
         mesh_axis: the axis of `mesh` that splits the batch, or a tuple of axes. None: the first.
         shard_state: with `mesh`, divides factors and eigenvectors over the devices of `mesh_axis`
-            (see `opt_state_sharding`), so that the memory of a device falls with their number. The
+            (see `opt_state_sharding`), so that memory per device falls as their number grows. The
             basis is gathered on each step, and the whole state on steps that refresh something.
 
     Args: Numerics
@@ -142,7 +143,7 @@ def scale_by_tekfac(
         max_failures: how many refreshes of one kind may fail in a row. A layer whose statistics or
             decompositions are not finite keeps its last good curvature. After so many failures it
             scales its gradient by 1 / (mean eigenvalue + λ) instead, until a refresh of that kind
-            succeeds; `check_state` says so. None: any number.
+            succeeds; `check_state` reports it. None: no limit.
 
     Returns:
         `optax.GradientTransformationExtraArgs`. Under `jax.vmap` both branches of its conditionals
@@ -167,7 +168,7 @@ def scale_by_tekfac(
         >>> bool(loss_fn(optax.apply_updates(params, updates), x) < loss)
         True
     """
-    options = locals()  # every argument by its name: nothing else is bound yet
+    options = locals()  # every argument by its name; nothing else is bound yet
     return _transform(TEKFAC, options.pop("layers"), options)
 
 
@@ -183,8 +184,8 @@ def _transform(
 def scale_by_tkfac(layers: Layers, **options: Any) -> optax.GradientTransformationExtraArgs:
     """Natural gradient by trace-restricted Kronecker factors (TKFAC): Θ = δ λ_Φ⊗λ_Ψ.
 
-    Gao et al., arXiv:2011.10741; Eq. 2.8 to 2.10 of arXiv:2011.13609. By default λ is added to Θ,
-    with ``damping_form="factored"`` to each factor. Arguments, errors and use: see
+    Gao et al., arXiv:2011.10741; Eq. 2.8 to 2.10 of arXiv:2011.13609. By default λ is added to Θ;
+    with ``damping_form="factored"``, √λ is added to each factor. Arguments, errors and use: see
     `scale_by_tekfac`.
     """
     return _transform(TKFAC, layers, options)
@@ -205,7 +206,7 @@ def scale_by_kfac(layers: Layers, **options: Any) -> optax.GradientTransformatio
     """Natural gradient by Kronecker factors (KFAC): Θ = λ_A⊗λ_U.
 
     Martens and Grosse 2015; Grosse and Martens 2016 for convolutions; Eq. 2.4 of
-    arXiv:2011.13609. By default λ is added to Θ, with ``damping_form="factored"`` to each factor,
-    divided by π. Arguments, errors and use: see `scale_by_tekfac`.
+    arXiv:2011.13609. By default λ is added to Θ; with ``damping_form="factored"``, √λ is added to
+    each factor, balanced by π. Arguments, errors and use: see `scale_by_tekfac`.
     """
     return _transform(KFAC, layers, options)

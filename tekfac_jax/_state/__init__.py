@@ -1,13 +1,13 @@
 """What the optimizer remembers: making, reading, checking and saving it.
 
-Imports `_curvature` and `_layers`.
+May import `_curvature` and `_layers`.
 """
 
 import importlib
 
 
 def __getattr__(name: str) -> object:
-    """Types that pickles made before this folder existed look up in a module of its name."""
+    """Finds types for old pickles, which name the module that this folder has replaced."""
     moved = {
         "LayerState": "layout.LayerState",
         "Meaning": "layout.StateKind",

@@ -1,4 +1,4 @@
-"""Everything that knows Flax modules or jaxprs: it finds the layer calls in a program.
+"""Everything that knows Flax modules or jaxprs. It finds the layer calls in a program.
 
-Imports `_layers` and `_arguments`.
+May import `_layers` and `_arguments`.
 """

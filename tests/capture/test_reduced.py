@@ -278,7 +278,7 @@ def test_wrong_statistics_are_refused():
     with pytest.raises(ValueError, match="batch_size="):
         update(tekfac.scale_by_tekfac(case.layers, rescaling="running"))
     other = Case("CNN")
-    with pytest.raises(ValueError, match="opt_state does not fit the layers: The state has no"):
+    with pytest.raises(ValueError, match="opt_state does not fit the layers: The state lacks"):
         other.reduced()(other.params, other.x, opt_state=state)
     with pytest.raises(ValueError, match="no state of scale_by_tekfac"):
         case.reduced()(case.params, case.x, opt_state=optax.sgd(0.1).init(case.params))
@@ -294,11 +294,11 @@ def test_wrong_statistics_are_refused():
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("theta", lambda x: x.mT, r"theta of shape \(\d+, \d+\), the layer and its state"),
+        ("theta", lambda x: x.mT, r"theta of shape \(\d+, \d+\), but the layer and its state"),
         ("theta", lambda x: {}, "a dict for theta instead of an array"),
-        ("rest", lambda x: x[None], r"rest of shape \(1,\), the layer"),
-        ("psi", lambda x: x[:-1], r"psi of shape \(\d+, \d+\), the layer"),
-        ("phi", lambda x: x[0], r"phi of shape \(\d+,\), the layer"),
+        ("rest", lambda x: x[None], r"rest of shape \(1,\), but the layer"),
+        ("psi", lambda x: x[:-1], r"psi of shape \(\d+, \d+\), but the layer"),
+        ("phi", lambda x: x[0], r"phi of shape \(\d+,\), but the layer"),
     ],
 )
 def test_reduced_statistics_of_another_shape_are_refused(field, value, says):

@@ -261,7 +261,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(size):
         ({"shard_state": True}, "shard_state=True needs mesh="),
         ({"mesh": 4, "mesh_axis": "rows"}, r"mesh_axis must be among.*\('data',\).*got 'rows'"),
         ({"mesh": 4, "mesh_axis": ()}, "mesh_axis must be among"),
-        ({"mesh": 4, "axis_name": "data"}, "pass one of them"),
+        ({"mesh": 4, "axis_name": "data"}, "pass only one of them"),
     ],
 )
 def test_wrong_meshes_are_refused(options, says):

@@ -104,7 +104,7 @@ def test_scalar_arrays_within_range_are_options():
 
 def test_arguments_of_ready_optimizers():
     *_, layers = simple_case()
-    with pytest.raises(ValueError, match="must be a number or a schedule, got Layers: it comes fi"):
+    with pytest.raises(ValueError, match="must be a number or a schedule, got Layers: pass it fir"):
         tekfac.tekfac(layers, 0.1)
     with pytest.raises(ValueError, match=r"or an optax schedule; pass η, not −η"):
         tekfac.kfac("0.1", layers)
