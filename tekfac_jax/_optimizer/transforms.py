@@ -9,7 +9,6 @@ import optax  # pyright: ignore[reportMissingTypeStubs]
 from tekfac_jax._curvature.decomposition import Method
 from tekfac_jax._layers.spec import Layers
 from tekfac_jax._layers.types import AxisName, DType
-from tekfac_jax._optimizer.algorithm import algorithm
 from tekfac_jax._optimizer.options import (
     Count,
     Damping,
@@ -28,6 +27,7 @@ from tekfac_jax._optimizer.signatures import (
     same_arguments_as,
     unwrapped,
 )
+from tekfac_jax._optimizer.update import transformation
 from tekfac_jax._state.family import EKFAC, KFAC, TEKFAC, TKFAC, Member
 from tekfac_jax._state.initial import BasisRank
 
@@ -177,7 +177,9 @@ def _transform(
 ) -> optax.GradientTransformationExtraArgs:
     check_names(options)
     every = defaults_of(scale_by_tekfac) | {name: unwrapped(x) for name, x in options.items()}
-    return algorithm(layers, member, validate(layers, Options(**every), measured=member.measured))
+    return transformation(
+        layers, member, validate(layers, Options(**every), measured=member.measured)
+    )
 
 
 @same_arguments_as(scale_by_tekfac)
