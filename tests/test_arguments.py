@@ -52,7 +52,7 @@ def test_integers_beyond_int32_must_be_floats():
     limit = _arguments.LARGEST_INTEGER
     _arguments.check_number("rate", limit, 0, float("inf"), REMEDY)
     _arguments.check_number("rate", float(limit + 1), 0, float("inf"), REMEDY)
-    message = rf"^rate must be a float .*, got {limit + 1}; use 0\.5$"
+    message = rf"^rate is too large for an integer, got {limit + 1}; pass a float; use 0\.5$"
     with pytest.raises(ValueError, match=message):
         _arguments.check_number("rate", limit + 1, 0, float("inf"), REMEDY)
 
@@ -87,7 +87,7 @@ def test_flags(value):
 
 @pytest.mark.parametrize("value", [1, None, "yes", np.ones(1, bool), jnp.zeros(())])
 def test_conditions(value):
-    message = re.escape(f"when must be a boolean, or a scalar array of one, got {value!r}")
+    message = re.escape(f"when must be a boolean or a scalar boolean array, got {value!r}")
     with pytest.raises(ValueError, match=f"^{message}$"):
         _arguments.check_condition("when", value)
 

@@ -9,6 +9,7 @@ the input of the scale. The Fisher block is 2×2 (1×1 without a bias). There is
 # JAX leaves parameters of `jnp.einsum`, `jnp.zeros` and others untyped.
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from tekfac_jax._curvature.dense import Contractions, Factors
@@ -29,7 +30,7 @@ def contractions(use_bias: bool) -> Contractions:
     def plain(a: Array, u: Array) -> Factors:
         # A is the block, and U is 1 for each example.
         phi = block(a, u)
-        return Factors(phi, jnp.full((*phi.shape[:-2], 1, 1), a.shape[-3], phi.dtype))
+        return Factors(phi, lax.full_like(phi[..., :1, :1], a.shape[-3]))
 
     def gradient(a: Array, u: Array) -> Array:
         return jnp.sum(_pairs(a, u, use_bias), axis=-3)[..., None]

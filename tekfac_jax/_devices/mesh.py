@@ -11,7 +11,7 @@ import jax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tekfac_jax._layers.spec import Layers, check_layers
+from tekfac_jax._layers.spec import Layers, check_layers, unchanged
 from tekfac_jax._layers.statistics import Statistics, StatisticsOfBatch
 from tekfac_jax._layers.types import AxisName, OptState, PyTree
 from tekfac_jax._state.folding import FOLD, SQUARES, folded, is_folded, unfolded
@@ -119,9 +119,6 @@ def over_mesh(
         def run(states: States) -> States:
             whole = _gather_parts(states, mesh_axis)
             return _own_parts(refresh(step, whole, stats, examples), mesh_axis)
-
-        def unchanged(states: States) -> States:
-            return states
 
         return cast(States, lax.cond(due, run, unchanged, states))
 

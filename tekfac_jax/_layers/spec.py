@@ -14,7 +14,7 @@ everything: each has its own curvature, and all are computed together.
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ import numpy as np
 from jax import lax
 
 from tekfac_jax._layers.types import DType, Shaped
+
+T = TypeVar("T")
 
 Kind = Literal["dense", "conv", "embed", "norm"]
 Padding = str | tuple[tuple[int, int], ...]
@@ -195,6 +197,11 @@ def at_least_float32(dtype: DType) -> np.dtype[np.generic]:
 def zeros_like(like: Shaped) -> jax.Array:
     """Zeros that vary over the same axes of `jax.shard_map` as `like`, which may be a shape."""
     return lax.full_like(like, 0)
+
+
+def unchanged(x: T) -> T:
+    """The branch of a `lax.cond` that does nothing."""
+    return x
 
 
 def replace(spec: LayerSpec, **changes: object) -> LayerSpec:

@@ -49,7 +49,7 @@ def precondition(
 def has_fallen_back(layer: LayerState, options: Options) -> jax.Array:
     """Whether refreshes failed so often in a row that the layer only scales its gradient."""
     if options.max_failures is None:
-        return jnp.zeros(layer.failed_in_a_row.shape[:-1], bool)
+        return jnp.zeros_like(layer.fallen_back)
     return jnp.any(layer.failed_in_a_row >= options.max_failures, axis=-1)
 
 

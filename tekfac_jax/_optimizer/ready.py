@@ -90,21 +90,27 @@ def tekfac(
 
 
 @same_arguments_as(tekfac)
-def tkfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+def tkfac(
+    learning_rate: optax.ScalarOrSchedule, layers: Layers, **options: Any
+) -> optax.GradientTransformationExtraArgs:
     """The TKFAC optimizer, ready to use: `tekfac` around `scale_by_tkfac`."""
-    return _ready(scale_by_tkfac, *args, **(defaults_of(tekfac) | kwargs))
+    return _ready(scale_by_tkfac, learning_rate, layers, **(defaults_of(tekfac) | options))
 
 
 @same_arguments_as(tekfac)
-def ekfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+def ekfac(
+    learning_rate: optax.ScalarOrSchedule, layers: Layers, **options: Any
+) -> optax.GradientTransformationExtraArgs:
     """The EKFAC optimizer, ready to use: `tekfac` around `scale_by_ekfac`."""
-    return _ready(scale_by_ekfac, *args, **(defaults_of(tekfac) | kwargs))
+    return _ready(scale_by_ekfac, learning_rate, layers, **(defaults_of(tekfac) | options))
 
 
 @same_arguments_as(tekfac)
-def kfac(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+def kfac(
+    learning_rate: optax.ScalarOrSchedule, layers: Layers, **options: Any
+) -> optax.GradientTransformationExtraArgs:
     """The KFAC optimizer, ready to use: `tekfac` around `scale_by_kfac`."""
-    return _ready(scale_by_kfac, *args, **(defaults_of(tekfac) | kwargs))
+    return _ready(scale_by_kfac, learning_rate, layers, **(defaults_of(tekfac) | options))
 
 
 def _check_gradient(updates: Params, layers: Layers) -> None:

@@ -22,7 +22,7 @@ from tekfac_jax._curvature.dense import with_rest
 from tekfac_jax._curvature.eigenbasis import Basis, eigenvalues_in, trace, transport
 from tekfac_jax._curvature.equal_shapes import batches_equal_shapes, by_shape
 from tekfac_jax._devices.collectives import Devices
-from tekfac_jax._layers.spec import Layers, LayerSpec, keeps_all
+from tekfac_jax._layers.spec import Layers, LayerSpec, keeps_all, unchanged
 from tekfac_jax._optimizer.family import kind_of_factors
 from tekfac_jax._optimizer.options import Number, Options
 from tekfac_jax._optimizer.schedule import Clock
@@ -55,11 +55,6 @@ class LayerContext(NamedTuple):
 
         branch = run if self.spec.lead else function
         return cast(LayerState, lax.cond(jnp.any(due), branch, unchanged, layer))
-
-
-def unchanged(held: T) -> T:
-    """The branch of a refresh that is not due."""
-    return held
 
 
 def chosen(which: jax.Array, new: T, old: T) -> T:
@@ -200,7 +195,9 @@ def update_eigenbases(group: Group, held: Held) -> dict[str, LayerState]:
 
 def _decompose(group: Group, held: Held, due: Mapping[str, jax.Array]) -> dict[str, Basis]:
     """New eigenvectors of all factors; zeros for factors that another device decomposes."""
-    jobs: dict[tuple[str, str], tuple[jax.Array | None, ...]] = {}
+    method = next(iter(group.values())).options.eigenbasis
+    found: dict[tuple[str, str], jax.Array] = {}
+    alone: dict[tuple[str, str], tuple[jax.Array, ...]] = {}
     for path, own in group.items():
         layer = held[path]
         for side in ("phi", "psi"):
@@ -208,10 +205,12 @@ def _decompose(group: Group, held: Held, due: Mapping[str, jax.Array]) -> dict[s
             if old is None:  # an embedding: Q_Φ is the identity
                 continue
             mine = own.devices.is_mine(path, side, own.spec.lead)
-            wanted = None if mine is None else mine & due[path]
-            jobs[path, side] = factor, old, layer.basis_valid, wanted
-    method = next(iter(group.values())).options.eigenbasis
-    found = by_shape(functools.partial(_eigenvectors, method=method), jobs)
+            if mine is None:
+                alone[path, side] = factor, old, layer.basis_valid
+            else:  # one by one: what is another device's, or not due, is skipped
+                wanted = mine & due[path]
+                found[path, side] = _eigenvectors(factor, old, layer.basis_valid, wanted, method)
+    found |= by_shape(functools.partial(_eigenvectors, wanted=None, method=method), alone)
     return {path: Basis(found.get((path, "phi")), found[path, "psi"]) for path in group}
 
 
@@ -284,6 +283,7 @@ def _eigenvalue_product(own: LayerContext, layer: LayerState) -> LayerState:
     product = lambda_phi[..., :, None] * lambda_psi[..., None, :]
     product = expand_lead(layer.delta, product) * product
     theta, rest = with_rest(own.spec, product, lambda: layer.delta)
+    rest = jnp.maximum(rest, 0)  # rounding may leave less
     return layer._replace(theta=theta, rest=rest, theta_weight=jnp.ones_like(layer.theta_weight))
 
 

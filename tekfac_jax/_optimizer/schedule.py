@@ -48,7 +48,7 @@ class Clock(NamedTuple):
         return self.rescaling_due(layer) | self._at(self.options.eigenbasis_interval)
 
     def any_due(self, layer: LayerState) -> jax.Array:
-        """Whether any of the three refreshes is due."""
+        """Whether any refresh is due; `product_due` adds an interval that `basis_due` has too."""
         return self.factors_due(layer) | self.basis_due(layer) | self.rescaling_due(layer)
 
     def _at(self, interval: Number) -> jax.Array:

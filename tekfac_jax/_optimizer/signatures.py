@@ -7,14 +7,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Integers that Python needs as integers, to set shapes or to plan steps.
-_COUNTS = frozenset(
-    {"factor_interval", "eigenbasis_interval", "rescaling_interval", "statistics_examples",
-     "basis_rank", "max_dim", "max_failures"}
-)  # fmt: skip
-
-# Objects that may be callable but are not schedules.
-_OBJECTS = frozenset({"mesh", "factor_dtype"})
+# Options that must be Python values: they set shapes, or can be called without being schedules.
+_STATIC = frozenset({"statistics_examples", "basis_rank", "max_dim", "factor_dtype", "mesh"})
+_INTERVALS = frozenset({"factor_interval", "eigenbasis_interval", "rescaling_interval"})
 
 
 class Static(NamedTuple):
@@ -24,21 +19,22 @@ class Static(NamedTuple):
 
 
 class FamilySignature(inspect.Signature):
-    """A signature that keeps integers, dtypes and meshes out of `optax.inject_hyperparams`.
+    """A signature by which `optax.inject_hyperparams` needs no `static_args`.
 
     That function binds the arguments with the factory's signature. It turns every number into an
-    array and takes every callable for a schedule. `bind` therefore wraps such arguments in
-    `Static`, which optax passes on unchanged, so that users need no `static_args`.
+    array and takes every callable for a schedule. `bind` therefore wraps arguments that must stay
+    Python values in `Static`, which optax passes on unchanged. With ``stagger=True``, which plans
+    with the intervals, they are among these. Anyone else who binds with this signature sees
+    `Static` too.
     """
 
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         """As `inspect.Signature.bind`, defaults included."""
         bound = super().bind(*args, **kwargs)
         bound.apply_defaults()
+        static = _STATIC | _INTERVALS if bound.arguments.get("stagger") is True else _STATIC
         for name, value in bound.arguments.items():
-            is_count = name in _COUNTS and isinstance(value, int | float)
-            is_object = name in _OBJECTS and value is not None
-            if is_count or is_object:
+            if name in static and value is not None:
                 bound.arguments[name] = Static(value)
         return bound
 

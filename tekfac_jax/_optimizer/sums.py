@@ -160,7 +160,8 @@ class FromMiniBatch(NamedTuple):
         to_total = self.batch.to_mean.astype(dtype) * self.batch.examples.astype(dtype)
         total = self.gradient.astype(dtype) * to_total
         theta = rotate(total, layer.q_phi, layer.q_psi) ** 2
-        return dense.with_rest(spec, theta, lambda: jnp.sum(total**2, axis=(-2, -1)))
+        theta, rest = dense.with_rest(spec, theta, lambda: jnp.sum(total**2, axis=(-2, -1)))
+        return dense.Rescaling(theta, jnp.maximum(rest, 0))  # rounding may leave less
 
 
 def sources_of(

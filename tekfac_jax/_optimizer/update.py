@@ -15,7 +15,7 @@ from jax import lax
 from tekfac_jax._devices.collectives import Devices, devices_of
 from tekfac_jax._devices.mesh import keep_folded, over_mesh
 from tekfac_jax._layers.matrices import from_matrices, to_matrices
-from tekfac_jax._layers.spec import Layers
+from tekfac_jax._layers.spec import Layers, unchanged
 from tekfac_jax._layers.statistics import Statistics, StatisticsOfBatch
 from tekfac_jax._layers.types import OptState, Params
 from tekfac_jax._optimizer.algorithm import refresh_curvature, take_step
@@ -27,7 +27,6 @@ from tekfac_jax._optimizer.refresh import (
     any_due,
     contexts_of,
     groups_of,
-    unchanged,
     update_rescaling,
 )
 from tekfac_jax._optimizer.schedule import layer_offsets, next_due

@@ -57,15 +57,17 @@ def search(opt_state: OptState, kind: type[S]) -> list[S]:
     return jax.tree.map(as_array, found, is_leaf=_refers)
 
 
-def states_by_name(tree: OptState, kind: type[S]) -> dict[Name, S]:
-    """All states of that type in a pytree, by name."""
+def states_by_name(
+    tree: OptState, kind: type[S], what: str = "an optimizer state"
+) -> dict[Name, S]:
+    """All states of that type in a pytree, by name; `what` is the pytree's name in an error."""
     # The state of a clip contains the state that it wraps: stop only at the kind in question.
-    nodes = with_names(tree, lambda node: isinstance(node, kind))
+    nodes = with_names(tree, what, lambda node: isinstance(node, kind))
     return {name: node for name, node in nodes if isinstance(node, kind)}
 
 
 def with_names(
-    tree: PyTree, is_leaf: Callable[[object], bool] | None = None
+    tree: PyTree, what: str, is_leaf: Callable[[object], bool] | None = None
 ) -> list[tuple[Name, PyTree]]:
     """Leaves with names that do not depend on whether a node is a NamedTuple, a list or a dict."""
     try:
@@ -75,7 +77,7 @@ def with_names(
         )
     except ValueError as error:  # keys of several types cannot be sorted
         raise ValueError(
-            f"an optimizer state must be a pytree whose dicts have keys of one type: {error}"
+            f"{what} must be a pytree whose dicts have keys of one type: {error}"
         ) from error
     return [
         (tuple(jax.tree_util.keystr((key,), simple=True) for key in path), node)

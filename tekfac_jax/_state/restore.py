@@ -99,7 +99,8 @@ def restore_state(saved: OptState, opt_state: OptState, *, factors: bool = True)
         )
 
     # Leaves are matched by name; what the saved state cannot have is taken from the fresh one.
-    found, fresh = dict(with_names(saved)), dict(with_names(opt_state))
+    found = dict(with_names(saved, "saved="))
+    fresh = dict(with_names(opt_state, "opt_state="))
     for root, state in ours.items():
         _check_fresh(state)
         _check_layers(found, fresh, root)
@@ -121,7 +122,7 @@ def restore_state(saved: OptState, opt_state: OptState, *, factors: bool = True)
 
 
 def _ours(tree: OptState) -> dict[Name, ScaleByTekfacState]:
-    return states_by_name(tree, ScaleByTekfacState)
+    return states_by_name(tree, ScaleByTekfacState, "opt_state=")
 
 
 def _under(names: Leaves, root: Name) -> list[Name]:

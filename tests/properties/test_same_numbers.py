@@ -90,7 +90,8 @@ def numbers_of(name: str) -> dict[str, np.ndarray]:
     for x, y in zip(xs, ys, strict=True):
         if how == "mesh":
             x, y = jax.device_put((x, y), NamedSharding(mesh, P("data")))
-        params, opt_state = step(params, opt_state, x, y)
+        # One step in flight: on CPU several programs with collectives can wait for one another.
+        params, opt_state = jax.block_until_ready(step(params, opt_state, x, y))
     found = {f"{layer}/{k}": v for layer, own in params.items() for k, v in own.items()}
     scalars = tekfac.diagnostics(opt_state)
     found |= {k: v for k, v in scalars.items() if k.endswith(("/trace", "/damping", "kl_clip"))}
