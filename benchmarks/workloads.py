@@ -1,19 +1,20 @@
 """Sixteen small problems for all optimizers: ``python -m benchmarks.workloads --data DIR``.
 
 The problems share nothing but the library: convolutions with and without BatchNorm, a vision
-transformer, a mixer, language models before and behind their norms, an LSTM, word vectors, an
-autoencoder, a U-Net, a diffusion model, tables, sets, and learning without labels. The data are
-real: CIFAR from ``--data`` (without it, the workloads on CIFAR are skipped), scikit-learn's sets,
-and Alice. A run has 200 to 400 steps; a step of SGD takes a few milliseconds on two CPU cores.
+transformer, a mixer, pre-norm and post-norm language models, an LSTM, word vectors, an autoencoder,
+a U-Net, a diffusion model, sets, tables, and learning without labels. The data are real: CIFAR from
+``--data`` (without it, the workloads on CIFAR are skipped), scikit-learn's sets, and Alice. A run
+has 200 to 400 steps; on two CPU cores a step of SGD takes 2 to 40 ms.
 
-Every optimizer starts from the same parameters, sees the same batches, and is tried at equally many
-learning rates (``benchmarks/optimizers/rates.py``), TEKFAC at those of Adam too. All rates fall to
-zero along half a cosine. There is no dropout and no augmentation.
+Every optimizer starts from the same parameters, sees the same batches, and is tried at three
+learning rates of its own (``benchmarks/optimizers/rates.py``); TEKFAC also at Adam's. All rates
+fall to zero along half a cosine. There is no dropout.
 
-A run's record is written when it ends. You may kill the command at any time: the same command does
-what is missing, and one with more workloads, optimizers, rates or seeds adds to it. A record does
-not know the code it was made with, except for a fingerprint: for another state of the library, or
-of a workload, use another ``--out`` (copy the records of the other optimizers into its ``runs``).
+A record is written when a run ends. You may kill the command at any time: the same command does
+what is missing, and one with more workloads, optimizers, rates or seeds adds to it. Records are
+kept when the code changes. To measure another state of the library or of a workload, use another
+``--out``, and copy the records that still hold into its ``runs``. Command and report warn where
+states of the library are mixed.
 """
 
 import argparse
@@ -175,7 +176,7 @@ def _available(command: Command, console: Console) -> list[str]:
         return names
     skipped = [name for name in names if PROBLEMS[name].needs]
     if skipped:
-        console.print(f"skipped: {', '.join(skipped)}, which need CIFAR: pass --data DIR")
+        console.print(f"skipped for want of CIFAR (pass --data DIR): {', '.join(skipped)}")
     return [name for name in names if name not in skipped]
 
 

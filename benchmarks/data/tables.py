@@ -1,20 +1,20 @@
-"""Tables that come with scikit-learn, standardised and divided."""
+"""A table that comes with scikit-learn, standardised and divided."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
 
 class Table(NamedTuple):
-    """Rows of features (N, features), and what is to be predicted from each (N,)."""
+    """Rows of features (N, features), and the number to be predicted from each (N,)."""
 
     train_inputs: NDArray[np.float32]
-    train_targets: NDArray[Any]  # classes as int32, or standardised numbers as float32
+    train_targets: NDArray[np.float32]
     test_inputs: NDArray[np.float32]
-    test_targets: NDArray[Any]
+    test_targets: NDArray[np.float32]
 
 
 def read_diabetes() -> Table:
@@ -25,16 +25,6 @@ def read_diabetes() -> Table:
     return Table(
         _standardised(train, train), _standardised(train_targets, known),
         _standardised(test, train), _standardised(test_targets, known),
-    )  # fmt: skip
-
-
-def read_breast_cancer() -> Table:
-    """569 tumours, 30 features; whether each is benign."""
-    inputs, targets = load_breast_cancer(return_X_y=True)
-    (train, test), (train_labels, test_labels) = _divided(np.asarray(inputs), np.asarray(targets))
-    return Table(
-        _standardised(train, train), train_labels.astype(np.int32),
-        _standardised(test, train), test_labels.astype(np.int32),
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ class Rates(NamedTuple):
     reason: str
 
 
-ADAM = Rates((1e-3, 3e-3, 1e-2), "1e-3 is the default of Kingma and Ba 2015, the lowest in use "
-             "for networks this small")  # fmt: skip
+ADAM = Rates(
+    (1e-3, 3e-3, 1e-2),
+    "1e-3 is the default (Kingma and Ba 2015); networks as small as these train at higher ones",
+)
 _OURS = Rates((1e-2, 3e-2, 1e-1), "docs/quickstart.md: start at 0.03 and search in factors of 3")
 
 OWN_RATES = {

@@ -22,7 +22,8 @@ def _cifar(name: str, data: Path | None) -> Dataset:
     """Read once for all workloads on it."""
     found = load_dataset(name, data, _TRAIN)
     return found._replace(
-        test_inputs=found.test_inputs[:_TEST], test_labels=found.test_labels[:_TEST]
+        test_inputs=found.test_inputs[:_TEST].copy(),  # a view would keep the others in memory
+        test_labels=found.test_labels[:_TEST].copy(),
     )
 
 
@@ -38,9 +39,8 @@ def digits_cnn(name: str, steps: int, data: Path | None) -> Workload:
     """The CNN of the benchmarks on scikit-learn's digits."""
     del data
     digits = load_dataset("digits")
-    model = CNN(width=24)
     return classification(
-        name, steps, model, _train(digits), _test(digits), batch_size=64, small=True
+        name, steps, CNN(), _train(digits), _test(digits), batch_size=32, small=True
     )
 
 

@@ -17,7 +17,7 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = {
-    "digits-cnn": Problem(images.digits_cnn, 300),
+    "digits-cnn": Problem(images.digits_cnn, 200),  # longer, and every optimizer fits them
     "resnet": Problem(images.resnet, 300, "CIFAR-10"),
     "vgg": Problem(images.vgg, 300, "CIFAR-100"),
     "vit": Problem(images.vit, 300, "CIFAR-10"),
@@ -31,7 +31,7 @@ PROBLEMS = {
     "denoiser": Problem(pixels.denoiser, 300),
     "diffusion": Problem(pixels.diffusion, 400),
     "diabetes": Problem(tables.diabetes, 300),
-    "breast-cancer": Problem(tables.breast_cancer, 200),
+    "photograph": Problem(tables.photograph, 400),
     "simclr": Problem(views.simclr, 300),
 }
 

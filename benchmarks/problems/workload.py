@@ -85,7 +85,7 @@ def initialiser(
 def training_outputs(
     model: nn.Module, params: Params, model_state: ModelState, inputs: Any
 ) -> tuple[jax.Array, ModelState]:
-    """What a network says in training mode, and its new BatchNorm averages."""
+    """A network's outputs in training mode, and its new BatchNorm averages."""
     outputs, updated = model.apply(
         {"params": params, "batch_stats": model_state}, inputs, train=True, mutable=["batch_stats"]
     )
@@ -93,7 +93,7 @@ def training_outputs(
 
 
 def outputs(model: nn.Module, params: Params, model_state: ModelState, inputs: Any) -> jax.Array:
-    """What a network says in evaluation mode."""
+    """A network's outputs in evaluation mode."""
     found: Any = model.apply({"params": params, "batch_stats": model_state}, inputs)
     return found
 

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from benchmarks.reporting.standings import Cell, Standings, profile
 from benchmarks.reporting.workloads import LIMITS
@@ -49,6 +50,8 @@ def save_curves(path: Path, found: Standings) -> None:
             if cell is not None:
                 handles[label] = _draw(panel, cell, style)
         panel.set(title=workload, yscale="log")
+        panel.yaxis.set_major_formatter(LogFormatter())  # plain numbers instead of powers of ten
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
         panel.grid(alpha=0.3)
     for panel in panels[len(found.workloads) :]:
         panel.axis("off")

@@ -20,6 +20,7 @@ from benchmarks.problems.pixels import divergences
 from benchmarks.problems.plan import Plan, entries
 from benchmarks.problems.records import Record, RunKey, smoothed_final, thinned
 from benchmarks.problems.table import PROBLEMS, make_workload, scaled_steps
+from benchmarks.problems.tables import pixels
 from benchmarks.problems.texts import masked
 from benchmarks.problems.training import Stepper
 from benchmarks.problems.views import contrast
@@ -27,7 +28,7 @@ from benchmarks.reporting.standings import Standings, plateau, profile
 from benchmarks.reporting.workloads import overall, report
 from benchmarks.workloads import main
 
-QUICK = ("breast-cancer", "autoencoder", "deep-sets")
+QUICK = ("diabetes", "autoencoder", "deep-sets")
 TINY = 2 / 400  # of the steps: 2
 
 
@@ -120,6 +121,17 @@ def test_points_are_the_brightest_pixels():
     found = images.points(image)
     assert found.shape == (1, 32, 3)
     np.testing.assert_array_equal(found[0, :2], [[-1, 1, 3], [1, -1, 2]])
+
+
+def test_pixels_of_a_photograph_are_divided():
+    image = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)
+    table = pixels(image)
+    assert len(table.test_targets) == 3
+    both = np.concatenate([table.train_targets, table.test_targets])
+    np.testing.assert_allclose([both.mean(), both.std()], [0, 1], atol=1e-5)
+    values = (image - image.mean()) / image.std()
+    np.testing.assert_allclose(table.test_targets, values.ravel()[::10], rtol=1e-5)
+    np.testing.assert_array_equal(table.test_inputs[0, :2], [-1, -1])
 
 
 def test_perfect_reconstruction_has_no_loss():
@@ -221,6 +233,7 @@ def test_ratios_and_geometric_means():
     assert found.loss_over_adam("sgd", "b") == 4.0
     assert found.loss_over_others("sgd", "a") == pytest.approx(1 / 0.8)
     assert found.loss_over_others("soap", "b") == 8.0
+    assert found.loss_over_others("soap", "a") == 0.8
     total = overall(found, "sgd")
     assert total["loss_over_adam"] == pytest.approx(math.sqrt(0.5 * 4))
     assert total["loss_over_others"] == pytest.approx(math.sqrt(1 / 0.8 * 4))
@@ -339,7 +352,7 @@ def test_curves_are_thinned_to_means():
 
 
 def command(out, *more):
-    main(["--workloads", "breast-cancer", "--steps-scale", "0.02", "--out", str(out), *more])
+    main(["--workloads", "diabetes", "--steps-scale", "0.02", "--out", str(out), *more])
 
 
 def stamps(out):
@@ -361,7 +374,7 @@ def test_command_resumes_and_reports(tmp_path, monkeypatch, capsys):
     after = stamps(tmp_path)
     assert len(after) == 8
     assert after.items() >= before.items()
-    lost = json.loads((tmp_path / "runs" / "breast-cancer_sgd_1e+30_seed1_4steps.json").read_text())
+    lost = json.loads((tmp_path / "runs" / "diabetes_sgd_1e+30_seed1_6steps.json").read_text())
     assert lost["lost"]
     monkeypatch.setattr(workloads, "Stepper", pytest.fail)
     command(tmp_path, "--optimizers", "adam,sgd")
@@ -381,10 +394,10 @@ def test_options_reach_tekfac_and_the_key(tmp_path):
 
 
 def test_workloads_on_cifar_are_skipped_without_data(tmp_path, capsys):
-    main(["--workloads", "vit,breast-cancer", "--optimizers", "sgd", "--steps-scale", "0.02",
+    main(["--workloads", "vit,diabetes", "--optimizers", "sgd", "--steps-scale", "0.02",
           "--out", str(tmp_path)])  # fmt: skip
     out = capsys.readouterr().out
-    assert "skipped: vit, which need CIFAR: pass --data DIR" in out
+    assert "skipped for want of CIFAR (pass --data DIR): vit\n" in out
     assert len(stamps(tmp_path)) == 3
 
 
@@ -405,7 +418,7 @@ def test_workloads_on_cifar_are_skipped_without_data(tmp_path, capsys):
     ],
 )
 def test_refused_in_one_sentence(tmp_path, arguments, message, capsys):
-    base = ["--workloads", "breast-cancer", "--steps-scale", "0.02", "--out", str(tmp_path)]
+    base = ["--workloads", "diabetes", "--steps-scale", "0.02", "--out", str(tmp_path)]
     with pytest.raises(SystemExit) as end:
         main([*base, *arguments.split()])
     assert end.value.code == 2
