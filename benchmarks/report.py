@@ -7,7 +7,7 @@ experiment into DIR, and prints the tables.
 import argparse
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.errors import DataError
+from benchmarks.reporting.markdown import markdown
 from benchmarks.reporting.results import Outcome, Results, plateau, read
 from benchmarks.reporting.summary import mean_and_spread, save_curves
 from benchmarks.training.options import exit_with
@@ -65,12 +66,6 @@ def tables(results: Results) -> list[str]:
     """Its tables, each narrow enough for a page of about 100 characters."""
     tabulate = {"comparison": comparison, "sweep": sweep, "ablation": ablation}
     return tabulate[results.description["view"]](results)
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; its first column is aligned left, the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison(results: Results) -> list[str]:

@@ -165,7 +165,7 @@ def save_json(path: Path, results: Sequence[Result], settings: dict[str, Any]) -
         },
         "results": [_as_dict(result) for result in results],
     }
-    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(as_plain_json(content), indent=1, allow_nan=False) + "\n")
 
 
 def _as_dict(result: Result) -> dict[str, Any]:
@@ -193,12 +193,12 @@ def _search_as_dict(search: Search) -> dict[str, Any]:
     return {"trials": trials, "best": search.best, "best_at_edge": search.at_edge}
 
 
-def _plain(value: Any) -> Any:
+def as_plain_json(value: Any) -> Any:
     """What JSON can hold: null for a number that is not finite, a string for a path."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: as_plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [as_plain_json(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

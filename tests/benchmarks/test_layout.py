@@ -19,13 +19,14 @@ MAY_IMPORT = {
     "optimizers": {"errors"},
     "models": {"errors", "data"},
     "training": {"errors", "data", "models", "optimizers"},
-    "reporting": {"errors", "training"},
+    "problems": {"errors", "data", "models", "optimizers", "training"},
+    "reporting": {"errors", "training", "problems"},
     "experiments": {"errors", "training"},
     "examples": {"data"},
 }
 COMMANDS = {
     "approximation", "healthy", "memory", "paper", "peers", "pipeline", "profile", "report",
-    "scaling", "speed", "train",
+    "scaling", "speed", "train", "workloads",
 }  # fmt: skip
 NOT_PYTHON = {"records"}
 
@@ -115,8 +116,8 @@ def test_a_command_explains_itself(module, capsys):
     assert f"python -m benchmarks.{module}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted({"data", "fisher", "models", "optimizers", "reporting",
-                                         "training"}))  # fmt: skip
+@pytest.mark.parametrize("name", sorted({"data", "fisher", "models", "optimizers", "problems",
+                                         "reporting", "training"}))  # fmt: skip
 def test_a_folder_says_what_it_may_import(name):
     tree = ast.parse((BENCHMARKS / name / "__init__.py").read_text())
     assert len(tree.body) == 1  # its docstring: there are no re-exports
