@@ -409,21 +409,27 @@ def test_steps_of_an_interval():
     assert int(np.lcm.reduce(list(resuming.INTERVALS.values()))) == STEPS
 
 
+def bare(rate, layers, **options):
+    return optax.chain(tekfac.scale_by_tekfac(layers, **options), optax.scale(-rate))
+
+
 @pytest.mark.parametrize("how", ["as it is", "restore_state"])
 def test_a_pickle_made_before_the_folders_goes_on(how):
     """It names our types by modules that are folders today."""
     saved = pickle.loads(BEFORE_THE_FOLDERS.read_bytes())
-    run = Run()
+    run = Run(bare)
     assert saved["layers"] == run.layers
-    saved_params, opt_state = jax.tree.map(jnp.asarray, (saved["params"], saved["opt_state"]))
+    saved_params, state = jax.tree.map(jnp.asarray, (saved["params"], saved["state"]))
+    fresh = run.tx.init(run.params)
     if how == "restore_state":
-        opt_state = tekfac.restore_state(opt_state, run.tx.init(run.params))
-    assert tekfac.check_state(opt_state, run.layers, run.tx.init(run.params)) == ""
-    after = run.go_on(*run.start(), 0, 3)  # what it was saved after
-    *_, (_, expected) = after
+        state = tekfac.restore_state(state, fresh[0])
+    opt_state = (state, *fresh[1:])
+    assert tekfac.check_state(opt_state, run.layers, fresh) == ""
+
+    *_, (_, expected) = run.go_on(*run.start(), 0, 3)  # what it was saved after
     found, expected = map(tekfac.diagnostics, (opt_state, expected))
     for name, value in expected.items():
-        if name.endswith(("/trace", "/damping")):  # the same whichever basis `eigh` finds
+        if name.endswith(("/trace", "/damping")):  # the same in any basis that `eigh` may find
             np.testing.assert_allclose(found[name], value, rtol=1e-3)
     *_, (params, _) = run.go_on(saved_params, opt_state, 3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
