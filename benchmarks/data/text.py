@@ -54,7 +54,7 @@ def read_alice(subset: int | None) -> RawText:
     return cut_text(_alice(), subset, "alice")
 
 
-def read_chapters(length: int = 48, stride: int = 4) -> Chapters:
+def read_chapters(length: int = 24, stride: int = 1) -> Chapters:
     """Passages of the book, labelled with their chapters; the headings are left out.
 
     The last sixth of each chapter is for the test: no word of it is in a training passage.

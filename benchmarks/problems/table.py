@@ -16,8 +16,9 @@ class Problem(NamedTuple):
     needs: str | None = None  # a data set to be found in the data directory
 
 
+# Lengths and sizes are such that Adam does not fit the set: where all do, no ratio is left.
 PROBLEMS = {
-    "digits-cnn": Problem(images.digits_cnn, 200),  # longer, and every optimizer fits them
+    "digits-cnn": Problem(images.digits_cnn, 200),
     "resnet": Problem(images.resnet, 300, "CIFAR-10"),
     "vgg": Problem(images.vgg, 300, "CIFAR-100"),
     "vit": Problem(images.vit, 300, "CIFAR-10"),
@@ -26,11 +27,11 @@ PROBLEMS = {
     "language-model": Problem(texts.language_model, 300),
     "masked-lm": Problem(texts.masked_language_model, 400),
     "lstm": Problem(texts.lstm, 300),
-    "chapters": Problem(texts.chapters, 300),
+    "chapters": Problem(texts.chapters, 200),
     "autoencoder": Problem(pixels.autoencoder, 400),
     "denoiser": Problem(pixels.denoiser, 300),
     "diffusion": Problem(pixels.diffusion, 400),
-    "diabetes": Problem(tables.diabetes, 300),
+    "diabetes": Problem(tables.diabetes, 200),
     "photograph": Problem(tables.photograph, 400),
     "simclr": Problem(views.simclr, 300),
 }

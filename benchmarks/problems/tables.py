@@ -29,7 +29,7 @@ _OCTAVES = 6  # of the features of a coordinate
 def diabetes(name: str, steps: int, data: Path | None) -> Workload:
     """A small table: the progress of a disease in 353 patients."""
     del data
-    return _regression(name, steps, read_diabetes(), MLP((256, 256, 256), 1), batch_size=128)
+    return _regression(name, steps, read_diabetes(), MLP((64, 64), 1), batch_size=64)
 
 
 def photograph(name: str, steps: int, data: Path | None) -> Workload:

@@ -65,8 +65,12 @@ def mean_over(values: Values, *arrays: np.ndarray, chunk: int = 500) -> Measure:
 
 def whole_loss(loss_fn: Loss, *arrays: np.ndarray) -> Measure:
     """The loss on the whole training set as one batch, with a fixed key; not for BatchNorm."""
-    compiled = jax.jit(lambda params, state: loss_fn(params, state, arrays, jax.random.key(0))[0])
-    return lambda params, state: float(compiled(params, state))
+    compiled = jax.jit(loss_fn)  # the arrays are arguments: XLA would fold constants
+
+    def measure(params: Params, model_state: ModelState) -> float:
+        return float(compiled(params, model_state, arrays, jax.random.key(0))[0])
+
+    return measure
 
 
 def initialiser(
