@@ -144,7 +144,7 @@ def test_speed_and_spikes(tmp_path, capsys, monkeypatch):
     for wrong, says in (
         (["--peers", str(damaged)], "--peers must be files that benchmarks.peers wrote"),
         (["--spikes", "-1"], "--spikes must be 0 or more"),
-        (["--rescaling-examples", "0"], "1 or more"),
+        (["--statistics-examples", "0"], "1 or more"),
         (["--out", str(damaged)], "exists"),
     ):
         with pytest.raises(SystemExit):  # before anything is timed
