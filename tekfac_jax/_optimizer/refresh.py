@@ -26,7 +26,7 @@ from tekfac_jax._layers.spec import Layers, LayerSpec, keeps_all, unchanged
 from tekfac_jax._optimizer.family import kind_of_factors
 from tekfac_jax._optimizer.options import Number, Options
 from tekfac_jax._optimizer.schedule import Clock
-from tekfac_jax._optimizer.sums import FromCaptures, Source
+from tekfac_jax._optimizer.sums import FromCaptures, Source, ThetaSource
 from tekfac_jax._state.family import Member
 from tekfac_jax._state.layout import KINDS, LayerState, debiased, expand_lead, unit_trace
 
@@ -112,19 +112,21 @@ def form_gradients_once(
     shared, left = dict(sources), FORMED_IN_ALL
     for path, own in group.items():
         source, layer = sources[path], held[path]
+        if not isinstance(source, FromCaptures):
+            continue
         numbers = _numbers_formed_once(own, layer, source)
-        if isinstance(source, FromCaptures) and 0 < numbers <= left:
+        if 0 < numbers <= left:
             left -= numbers
             needed = own.clock.factors_due(layer) | own.clock.rescaling_due(layer)
             shared[path] = source.formed(own.spec, layer, jnp.any(needed))
     return shared
 
 
-def _numbers_formed_once(own: LayerContext, layer: LayerState, source: Source) -> int:
+def _numbers_formed_once(own: LayerContext, layer: LayerState, source: FromCaptures) -> int:
     """How many numbers a G_n for both factors and Θ has; 0 if each contracts by itself."""
     exact_factors = kind_of_factors(own.member, own.options) == "exact"
     measured_theta = own.member.measured and own.options.rescaling == "exact"
-    if not (exact_factors and measured_theta and isinstance(source, FromCaptures)):
+    if not (exact_factors and measured_theta):
         return 0
     return numbers_formed_once(own.spec, source.captures, layer.theta.shape)
 
@@ -245,7 +247,7 @@ def _adopt(layer: LayerState, basis: Basis) -> LayerState:
 
 
 def update_rescaling(
-    group: Group, held: Held, sources: Mapping[str, Source]
+    group: Group, held: Held, sources: Mapping[str, ThetaSource]
 ) -> dict[str, LayerState]:
     """Every T_RE steps: Θ in the current basis (Eq. 3.2), averaged (Eq. 3.6).
 
@@ -255,7 +257,7 @@ def update_rescaling(
         return {path: _new_theta(own, held[path], sources[path]) for path, own in group.items()}
 
 
-def _new_theta(own: LayerContext, layer: LayerState, source: Source) -> LayerState:
+def _new_theta(own: LayerContext, layer: LayerState, source: ThetaSource) -> LayerState:
     if not own.member.measured:
         due = own.clock.product_due(layer) & layer.basis_valid & (layer.factor_weight > 0)
         return own.when(due, functools.partial(_eigenvalue_product, own), layer)

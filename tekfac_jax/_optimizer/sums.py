@@ -40,20 +40,24 @@ from tekfac_jax._state.layout import LayerState
 T = TypeVar("T")
 
 
-class Source(Protocol):
-    """Supplies the sums over examples of one layer."""
+class ThetaSource(Protocol):
+    """Supplies the sums for Θ of one layer."""
 
     @property
     def examples(self) -> jax.Array:
         """How many examples are summed, on all devices; 0: there are no sums."""
         ...
 
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
-        """δΦ and δΨ, summed over examples (plain factors: A and U)."""
-        ...
-
     def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
         """Θ in the layer's basis and the trace outside it, summed over examples."""
+        ...
+
+
+class Source(ThetaSource, Protocol):
+    """Supplies the sums for factors and Θ of one layer."""
+
+    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
+        """δΦ and δΨ, summed over examples (plain factors: A and U)."""
         ...
 
 
@@ -149,10 +153,6 @@ class FromMiniBatch(NamedTuple):
     def examples(self) -> jax.Array:
         """How many examples the gradient comes from."""
         return self.batch.examples
-
-    def factors(self, spec: LayerSpec, layer: LayerState, kind: FactorKind) -> dense.Factors:
-        """The mini-batch gradient has no factors."""
-        raise NotImplementedError("the mini-batch gradient has no factors")
 
     def rescaling(self, spec: LayerSpec, layer: LayerState) -> dense.Rescaling:
         """The squared gradient of the summed loss, in the layer's basis."""

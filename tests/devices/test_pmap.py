@@ -182,3 +182,34 @@ def test_captures_under_shard_map(check_vma):
     expected = captures(params, x)
     for path in layers:
         assert relative_error(actual[path][0].u, expected[path][0].u) <= SINGLE
+
+
+def normalised_mlp(x):
+    return nn.Dense(3)(nn.LayerNorm()(jnp.tanh(nn.Dense(4)(x))))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("factors", ["exact", "plain"])
+def test_sums_of_a_normalisation_under_shard_map(factors):
+    """Each device's sums vary over the devices, as shard_map checks, and add up to the whole."""
+    model, x = Net(normalised_mlp), randn(6, 4)
+    params = random_params(model, x)
+
+    def loss(params, x):
+        return losses_of(model.apply({"params": params}, x)).mean()
+
+    layers = tekfac.find_layers(loss, params, x, norm="unitwise")
+    fn = tekfac.value_grad_and_stats(loss, layers, mode="reduced", factors=factors)
+
+    def sums(params, x):
+        return jax.tree.map(lambda leaf: leaf[None], fn(params, x)[2].layers)
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("devices",), devices=jax.devices()[:2], axis_types=auto)
+    spec = jax.sharding.PartitionSpec
+    run = jax.shard_map(
+        sums, mesh=mesh, in_specs=(spec(), spec("devices")), out_specs=spec("devices")
+    )
+    actual, expected = jax.jit(run)(params, x), fn(params, x)[2].layers
+    for one, other in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        assert relative_error(one.sum(axis=0), other) <= SINGLE

@@ -6,7 +6,7 @@ import pytest
 
 import tekfac_jax as tekfac
 from tests import oracles
-from tests.capturing import x64
+from tests.capturing import simple_case, x64
 from tests.oracles import SCALE_BY, every_case, make_case, relative
 
 EXACT = 1e-12
@@ -60,3 +60,27 @@ def test_averages_weigh_the_old_value_with_the_decay_and_are_debiased():
     assert float(c.delta) == pytest.approx(np.trace(expected), rel=EXACT)
     assert relative(c.phi, expected / np.trace(expected)) <= EXACT
     assert relative(c.theta, average(0.6, theta)) <= EXACT
+
+
+@pytest.mark.parametrize("rescaling", ["exact", "running"])
+def test_a_batch_without_examples_that_count_changes_nothing(rescaling):
+    """Neither the averages nor the count of failures, wherever Θ comes from."""
+    loss, params, x, layers = simple_case()
+    tx = tekfac.scale_by_tekfac(
+        layers, rescaling=rescaling, factor_interval=1, rescaling_interval=1
+    )
+
+    @jax.jit
+    def update(state, examples):
+        fn = tekfac.value_grad_and_stats(loss, layers, examples=examples)
+        _, grads, stats = fn(params, x)
+        return tx.update(grads, state, params, stats=stats)[1]
+
+    before = update(tx.init(params), len(x))
+    after = update(before, 0)
+    for path, layer in before.layers.items():
+        assert (layer.theta_weight > 0).all()
+        for name in ("phi", "psi", "theta", "theta_weight", "failures"):
+            np.testing.assert_array_equal(
+                getattr(after.layers[path], name), getattr(layer, name), err_msg=name
+            )
