@@ -15,7 +15,7 @@ BEHIND_A_SOLVE = 1e-9
 
 
 @pytest.fixture
-def stacked(monkeypatch):
+def batched(monkeypatch):
     """As on GPU, except for LAPACK's batched calls, which may deadlock on CPU."""
     monkeypatch.setattr(equal_shapes, "on_cpu", lambda: False)
 
@@ -102,7 +102,7 @@ def decompositions(monkeypatch, **options):
 
 
 @x64_standard
-@pytest.mark.usefixtures("stacked")
+@pytest.mark.usefixtures("batched")
 def test_equal_factors_are_one_call(monkeypatch):
     shapes = decompositions(monkeypatch)
     # Φ of three convolutions, of two dense layers and the head; Ψ of all layers with 4 outputs and
@@ -114,7 +114,7 @@ def test_equal_factors_are_one_call(monkeypatch):
 
 @pytest.mark.slow
 @x64_standard
-@pytest.mark.usefixtures("stacked")
+@pytest.mark.usefixtures("batched")
 def test_staggered_layers_are_refreshed_one_by_one(monkeypatch):
     shapes = decompositions(monkeypatch, stagger=True)
     assert {len(shape) for shape in shapes if shape[-1] > 2} == {2}
@@ -122,7 +122,7 @@ def test_staggered_layers_are_refreshed_one_by_one(monkeypatch):
 
 @pytest.mark.slow
 @x64_standard
-@pytest.mark.usefixtures("stacked")
+@pytest.mark.usefixtures("batched")
 def test_one_bad_factor_leaves_the_others_of_its_size():
     loss, layers, params, x = problem()
     tx = tekfac.scale_by_tekfac(layers, factor_interval=100, eigenbasis_interval=1)
@@ -138,8 +138,8 @@ def test_one_bad_factor_leaves_the_others_of_its_size():
     assert relative_error(after.layers["conv2"].q_phi, before.layers["conv2"].q_phi) > 0.1
 
 
-@pytest.mark.usefixtures("stacked")
-def test_by_shape_stacks_only_what_is_equal():
+@pytest.mark.usefixtures("batched")
+def test_by_shape_batches_only_what_is_equal():
     calls = []
 
     def double(x, y):
@@ -159,7 +159,7 @@ def test_by_shape_stacks_only_what_is_equal():
     np.testing.assert_array_equal(found["d"]["y"], ones["d"])
 
 
-def test_on_cpu_nothing_is_stacked():
+def test_on_cpu_nothing_is_batched():
     calls = []
     equal_shapes.by_shape(calls.append, {k: (jnp.ones(2),) for k in "abc"})
     assert [x.shape for x in calls] == [(2,)] * 3
