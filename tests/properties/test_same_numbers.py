@@ -42,6 +42,9 @@ SCENARIOS = {
 }
 
 
+IN_THE_DEFAULT_RUN = {"tekfac", "staggered", "truncated", "reduced", "mesh, divided"}
+
+
 class Net(nn.Module):
     """Convolutions with and without groups, and a dense layer; no factor is singular."""
 
@@ -99,7 +102,13 @@ def numbers_of(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in IN_THE_DEFAULT_RUN else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCENARIOS
+    ],
+)
 def test_the_numbers_are_those_of_before(name, x64):
     with jax.numpy_dtype_promotion("standard"):  # of optax
         found = numbers_of(name)
